@@ -1,0 +1,245 @@
+"""The specification of routing, in plain torch, short enough to read in one sitting.
+
+T tokens, G groups (experts), K choices per token, R = T * K routed rows, D hidden, F expert hidden.
+Ids are int32 and -1 means none. Ties go to the lower id; all sorts are stable.
+"""
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+
+
+# --- score and decide ------------------------------------------------------------------------
+
+
+def score(logits_TG: Tensor, kind: str) -> Tensor:
+    """fp32 scores: `softmax` over the groups, or `sigmoid` of each."""
+    logits_TG = logits_TG.float()
+    return logits_TG.softmax(-1) if kind == "softmax" else logits_TG.sigmoid()
+
+
+def limit_groups(score_TE: Tensor, expert_groups: int, top_groups: int) -> Tensor:
+    """Keep the scores of each token's best groups of neighbouring experts; the others get -inf.
+
+    A group is worth the sum of its two best scores (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+    """
+    T, E = score_TE.shape
+    grouped = score_TE.view(T, expert_groups, E // expert_groups)
+    best_two = grouped.topk(min(2, grouped.size(-1)), -1).values.sum(-1)
+    chosen = best_two.argsort(dim=-1, descending=True, stable=True)[:, :top_groups]
+    keep = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, chosen, True)
+    return grouped.masked_fill(~keep[..., None], float("-inf")).view(T, E)
+
+
+def top_k(score_TG: Tensor, k: int) -> Tensor:
+    """(T, K) int32: the ids of the k highest scores, best first."""
+    return score_TG.argsort(dim=-1, descending=True, stable=True)[:, :k].int()
+
+
+def expert_choice(score_TE: Tensor, capacity: int, sources: int = 1) -> Tensor:
+    """(T, E) int32: each expert takes its `capacity` best tokens; K = E, -1 is not chosen.
+
+    With several sources, T is their tokens one after another and each is served on its own.
+    Source: Zhou et al. 2022, arXiv:2202.09368.
+    """
+    T, E = score_TE.shape
+    per_source = score_TE.view(sources, T // sources, E)
+    order = per_source.argsort(dim=1, descending=True, stable=True)[:, :capacity]
+    taken = torch.zeros_like(per_source, dtype=torch.bool).scatter_(1, order, True).view(T, E)
+    ids_E = torch.arange(E, device=score_TE.device, dtype=torch.int32)
+    return torch.where(taken, ids_E, -1)
+
+
+def choice_weights(score_TG: Tensor, target_TK: Tensor, renormalise: bool) -> Tensor:
+    """(T, K) fp32: the score of each choice, 0 for none; renormalised weights sum to 1."""
+    weight_TK = score_TG.gather(1, target_TK.clamp(min=0).long())
+    weight_TK = weight_TK.masked_fill(target_TK < 0, 0.0)
+    if renormalise:
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+    return weight_TK
+
+
+# --- plan ------------------------------------------------------------------------------------
+
+
+def plan(target_TK: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort the choices by group, token order inside a group.
+
+    Returns:
+        src_R, choice_R, offsets_G1, row_TK as in `moe_router.types.Plan`, all int32; R = T * K.
+    """
+    K = target_TK.size(1)
+    flat = target_TK.flatten()
+    key, order = torch.where(flat < 0, groups, flat).sort(stable=True)
+    bounds = torch.arange(groups + 1, device=flat.device, dtype=key.dtype)
+    offsets_G1 = torch.searchsorted(key, bounds, out_int32=True)
+    rows = torch.arange(flat.numel(), device=flat.device, dtype=torch.int32)
+    live = key < groups
+    choice_R = torch.where(live, order.int(), -1)
+    src_R = torch.where(live, order.int() // max(K, 1), -1)
+    row_TK = torch.empty_like(rows).scatter_(0, order, torch.where(live, rows, -1))
+    return src_R, choice_R, offsets_G1, row_TK.view(target_TK.shape)
+
+
+def rank_in_group(target_TK: Tensor, groups: int, order: Tensor, sources: int = 1) -> Tensor:
+    """(T, K) int32: how many choices stand before each one in its group, in the order given.
+
+    Args:
+        order: permutation of the T * K flat choices, first served first.
+        sources: tokens of T / sources neighbours are counted apart.
+    """
+    T, K = target_TK.shape
+    source_T = torch.arange(T, device=target_TK.device) // max(T // sources, 1)
+    key = torch.where(target_TK < 0, groups, target_TK).long() + source_T[:, None] * (groups + 1)
+    key, by_key = key.flatten()[order].sort(stable=True)
+    first = torch.searchsorted(key, key)  # where the choice's own group begins
+    rank = torch.arange(T * K, device=key.device) - first
+    return torch.empty_like(rank).scatter_(0, order[by_key], rank).int().view(T, K)
+
+
+def serve_by_position(position_T: Tensor, K: int) -> Tensor:
+    """Flat choices in time: all tokens of position 0 first, then of position 1, and so on."""
+    token = position_T.argsort(stable=True)
+    return (token[:, None] * K + torch.arange(K, device=token.device)).flatten()
+
+
+def serve_by_score(weight_TK: Tensor) -> Tensor:
+    """Flat choices, the heaviest first."""
+    return weight_TK.flatten().argsort(descending=True, stable=True)
+
+
+# --- move rows -------------------------------------------------------------------------------
+
+
+def gather(x_TD: Tensor, src_R: Tensor) -> Tensor:
+    """(R, D): the token of each row. Rows past the end are unspecified."""
+    return x_TD[src_R.clamp(min=0)]
+
+
+def gather_backward(grad_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """(T, D): each token sums its rows over k, in fp32, in order of k."""
+    unit = torch.ones(row_TK.shape, device=row_TK.device)
+    return combine(grad_RD, unit, row_TK)
+
+
+def combine(y_RD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
+    """(T, D): sum over k of weight * row, in fp32 (fp64 stays), in order of k."""
+    wide = torch.promote_types(y_RD.dtype, torch.float32)
+    out_TD = y_RD.new_zeros(row_TK.size(0), y_RD.size(1), dtype=wide)
+    if y_RD.size(0) == 0:
+        return out_TD.to(y_RD.dtype)
+    for k in range(row_TK.size(1)):
+        row_T = row_TK[:, k]
+        term_TD = y_RD[row_T.clamp(min=0)].to(wide) * weight_TK[:, k, None]
+        # where, not a product with 0: unspecified rows may hold NaN
+        out_TD += torch.where((row_T < 0)[:, None], 0.0, term_TD)
+    return out_TD.to(y_RD.dtype)
+
+
+def combine_backward(
+    grad_TD: Tensor,
+    y_RD: Tensor,
+    weight_TK: Tensor,
+    src_R: Tensor,
+    choice_R: Tensor,
+    row_TK: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `combine`: (R, D) for the rows, 0 past the end, and (T, K) for the weights."""
+    wide = torch.promote_types(y_RD.dtype, torch.float32)
+    live = (src_R >= 0)[:, None]
+    weight_R = weight_TK.flatten()[choice_R.clamp(min=0)]
+    grad_RD = grad_TD[src_R.clamp(min=0)].to(wide) * weight_R[:, None]
+    grad_RD = torch.where(live, grad_RD, 0.0).to(y_RD.dtype)
+    grad_TK = torch.zeros_like(weight_TK)
+    for k in range(row_TK.size(1) if y_RD.size(0) else 0):
+        row_T = row_TK[:, k]
+        dot_T = (grad_TD.to(wide) * y_RD[row_T.clamp(min=0)].to(wide)).sum(-1)
+        grad_TK[:, k] = torch.where(row_T < 0, 0.0, dot_T)
+    return grad_RD, grad_TK
+
+
+# --- compute ---------------------------------------------------------------------------------
+
+
+def grouped_mm(x_RD: Tensor, w_GDF: Tensor, offsets_G1: Tensor) -> Tensor:
+    """(R, F): rows of group g times w[g]. Rows past offsets_G1[G] are unspecified (here 0)."""
+    bounds = offsets_G1.tolist()
+    parts = [x_RD[a:b] @ w for a, b, w in zip(bounds, bounds[1:], w_GDF, strict=False)]
+    rest = x_RD.new_zeros(x_RD.size(0) - bounds[-1], w_GDF.size(2))
+    return torch.cat([*parts, rest])
+
+
+# --- losses: each is this rank's share of a sum over all ranks -------------------------------
+
+
+def count(target_TK: Tensor, groups: int) -> Tensor:
+    """(G,) int64: choices of each group; -1 counts nowhere."""
+    flat = target_TK.flatten()
+    key = torch.where(flat < 0, groups, flat).long()
+    zeros = torch.zeros(groups + 1, dtype=torch.int64, device=flat.device)
+    return zeros.scatter_add_(0, key, torch.ones_like(key))[:groups]
+
+
+def balance_loss(probability_TG: Tensor, load_G: Tensor, tokens: Tensor) -> Tensor:
+    """Switch loss: G * sum_g (share of choices of g) * (mean probability of g); 1 when uniform.
+
+    Args:
+        probability_TG: fp32, rows sum to 1; this rank's tokens.
+        load_G, tokens: choices of each group and tokens, over all ranks.
+
+    Source: Fedus et al. 2021, arXiv:2101.03961, equation 4, with the share over all K choices.
+    """
+    share_G = load_G / load_G.sum().clamp(min=1)
+    return load_G.numel() * (share_G * probability_TG.sum(0)).sum() / tokens.clamp(min=1)
+
+
+def z_loss(logits_TG: Tensor, tokens: Tensor) -> Tensor:
+    """Mean squared log-sum-exp. Source: Zoph et al. 2022, arXiv:2202.08906, equation 5."""
+    return logits_TG.float().logsumexp(-1).square().sum() / tokens.clamp(min=1)
+
+
+def sequence_balance_loss(
+    probability_TG: Tensor, target_TK: Tensor, offsets_B1: Tensor, sequences: Tensor
+) -> Tensor:
+    """The balance loss inside each sequence, mean over the sequences of all ranks.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20.
+    """
+    T, G = probability_TG.shape
+    B = offsets_B1.numel() - 1
+    token_T = torch.arange(T, device=offsets_B1.device, dtype=offsets_B1.dtype)
+    sequence_T = torch.searchsorted(offsets_B1[1:], token_T, right=True)
+    # one-hot products, not index_add: a fixed order of summation on every device
+    member_BT = (sequence_T == torch.arange(B, device=token_T.device)[:, None]).float()
+    ids_G = torch.arange(G, device=token_T.device)
+    chosen_TG = (target_TK[..., None] == ids_G).sum(1).float()
+    share_BG = member_BT @ chosen_TG
+    share_BG = share_BG / share_BG.sum(-1, keepdim=True).clamp(min=1)
+    mean_BG = (member_BT @ probability_TG) / member_BT.sum(-1, keepdim=True).clamp(min=1)
+    return G * (share_BG * mean_BG).sum() / sequences.clamp(min=1)
+
+
+# --- noise -----------------------------------------------------------------------------------
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers with good avalanche, held in int64.
+
+    Source of the constants: C. Wellons, "Prospecting for hash functions" (lowbias32).
+    """
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+def uniform_noise(
+    seed: int, step: int, layer: int, first_token: int, T: int, C: int, device: torch.device
+) -> Tensor:
+    """(T, C) fp32 in [0, 1): a pure function of (seed, step, layer, global token index, column)."""
+    state = torch.tensor(seed & MASK32, device=device, dtype=torch.int64)
+    token_T1 = torch.arange(first_token, first_token + T, device=device)[:, None] & MASK32
+    column_C = torch.arange(C, device=device)
+    for part in (step & MASK32, layer & MASK32, token_T1, column_C):
+        state = _mix(_mix(state) ^ part)
+    return (state >> 8).float() * 2.0**-24

@@ -1,0 +1,146 @@
+"""Uneven all-to-all with host splits, over NCCL or gloo: portable, one row per (token, rank).
+
+Not covered: CUDA graphs (the splits are read by the host) and replicated experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_router.dispatch.base import Received
+from moe_router.placement import Placement
+from moe_router.routing.plan import plan_from_ids
+from moe_router.types import Choice, Plan
+from moe_router_kernels import combine, gather
+
+Group = dist.ProcessGroup | None
+
+
+def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """Rows to each rank out, rows from each rank in; no gradient."""
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    return out
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+        ctx.way = (send, receive, group)
+        return exchange(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive, group = ctx.way
+        return exchange(grads[0], receive, send, group), None, None, None
+
+
+class _ExchangeChoices(torch.autograd.Function):
+    """Ids and fp32 weights in one message; the weights' gradients return."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight_NK: Tensor,
+        id_NK: Tensor,
+        send: list[int],
+        receive: list[int],
+        group: Group,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.way = (send, receive, group)
+        packed = torch.cat([weight_NK.view(torch.int32), id_NK], 1)
+        weight, ids = exchange(packed, send, receive, group).chunk(2, 1)
+        ids = ids.contiguous()
+        ctx.mark_non_differentiable(ids)
+        return weight.contiguous().view(torch.float32), ids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        send, receive, group = ctx.way
+        return exchange(grads[0], receive, send, group), None, None, None, None
+
+
+def _travel(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """`exchange` with its gradient."""
+    out: Tensor = _Exchange.apply(x, send, receive, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _WayBack:
+    plan: Plan  # over the ranks: groups are ranks, K is W
+    send: list[int]
+    receive: list[int]
+
+
+class AllToAll:
+    """Args:
+    group: the ranks; None is the default process group.
+    """
+
+    def __init__(self, group: Group = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
+        self._tables: dict[tuple[Placement, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def dispatch(self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement) -> Received:
+        rank_E, slot_E = self._table(placement, x_TD.device)
+        kept_TK = torch.where(plan.row_TK >= 0, choice.target_TK, -1)
+        rank_TK = torch.where(kept_TK >= 0, rank_E[kept_TK.clamp(min=0)], -1)
+        to_ranks = self._plan_ranks(rank_TK)
+        send, receive = self._splits(to_ranks.rows_G)
+        rows = sum(send)
+        src_R = to_ranks.src_R[:rows]
+        x_RD = gather(x_TD, src_R, to_ranks.row_TK)
+        weight_RK = gather(choice.weight_TK, src_R, to_ranks.row_TK)
+        # a row carries only the choices that live where it goes
+        going_R = to_ranks.choice_R[:rows] % self.ranks
+        here_RK = rank_TK[src_R] == going_R[:, None]
+        id_RK = torch.where(here_RK, slot_E[kept_TK[src_R].clamp(min=0)], -1)
+        weight_RK = weight_RK.masked_fill(~here_RK, 0.0)
+
+        weight_NK, id_NK = _ExchangeChoices.apply(  # type: ignore[no-untyped-call]
+            weight_RK, id_RK, send, receive, self.group
+        )
+        x_ND = _travel(x_RD, send, receive, self.group)
+        held = len(placement.experts_of_rank[self.rank])
+        way_back = _WayBack(to_ranks, send, receive)
+        return Received(x_ND, Choice(id_NK, weight_NK), plan_from_ids(id_NK, held), way_back)
+
+    def combine(self, y_RD: Tensor, received: Received) -> Tensor:
+        plan, way = received.plan, received.handle
+        sum_ND = combine(y_RD, received.choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)
+        home_RD = _travel(sum_ND, way.receive, way.send, self.group)
+        row_TW = way.plan.row_TK
+        unit_TW = torch.ones(row_TW.shape, device=row_TW.device)
+        rows = home_RD.size(0)
+        return combine(home_RD, unit_TW, way.plan.src_R[:rows], way.plan.choice_R[:rows], row_TW)
+
+    def total(self, x: Tensor) -> Tensor:
+        summed = x.clone()
+        dist.all_reduce(summed, group=self.group)
+        return summed
+
+    def _plan_ranks(self, rank_TK: Tensor) -> Plan:
+        ranks_W = torch.arange(self.ranks, device=rank_TK.device, dtype=torch.int32)
+        goes_TW = (rank_TK[..., None] == ranks_W).any(1)
+        return plan_from_ids(torch.where(goes_TW, ranks_W, -1), self.ranks)
+
+    def _splits(self, send_W: Tensor) -> tuple[list[int], list[int]]:
+        receive_W = torch.empty_like(send_W)
+        dist.all_to_all_single(receive_W, send_W, group=self.group)
+        send, receive = torch.stack([send_W, receive_W]).tolist()
+        return send, receive
+
+    def _table(self, placement: Placement, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(E,) int32 each: the rank of an expert, and its slot there."""
+        key = (placement, device)
+        if key not in self._tables:
+            ids = [placement.rank_of_expert(), placement.slot_of_expert()]
+            rank_E, slot_E = torch.tensor(ids, dtype=torch.int32, device=device)
+            self._tables[key] = (rank_E, slot_E)
+        return self._tables[key]

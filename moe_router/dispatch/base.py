@@ -1,0 +1,48 @@
+"""The interface of every transport: rows out to the experts, results back.
+
+`dispatch` moves each token to the ranks that hold its experts, one row per (token, rank), with the
+ids and fp32 weights of its choices. The expert side makes a second Plan over what it received,
+runs its experts, weights and sums the choices of a row, and `combine` brings the sums home.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from moe_router.placement import Placement
+from moe_router.types import Choice, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What the expert side works on.
+
+    Attributes:
+        x_ND: hidden states of the received tokens; N is T on one rank.
+        choice: target_NK are local expert slots, -1 for choices that live elsewhere.
+        plan: over the local experts; gather rows of x_ND by `plan.src_R`.
+        handle: what `combine` needs to find the way back; private to the transport.
+    """
+
+    x_ND: Tensor
+    choice: Choice
+    plan: Plan
+    handle: Any
+
+
+class Dispatcher(Protocol):
+    rank: int
+    ranks: int
+
+    def dispatch(
+        self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement
+    ) -> Received: ...
+
+    def combine(self, y_RD: Tensor, received: Received) -> Tensor:
+        """(R, D) expert outputs, rows of `received.plan`, to (T, D) weighted sums."""
+        ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over all ranks, without gradient, in a fixed order."""
+        ...

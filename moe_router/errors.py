@@ -1,0 +1,43 @@
+"""Every error this project raises on purpose. One line says where, got, wanted and the fix.
+
+MoeRouterError
+├── ConfigError       a YAML file, a flag or an argument is wrong; change it
+├── DataError         a data file is missing, empty, corrupt, or cannot be downloaded
+├── CheckpointError   a checkpoint is truncated, foreign, or could not be written
+├── NotCausalError    generate was asked of a model whose routing looks at later tokens
+├── NonFiniteError    the loss or a gradient became NaN or infinite
+├── PeerLostError     another rank died or stopped answering; the group must be formed anew
+└── ClusterError      Ray could not give what was asked, or too many actors were lost
+"""
+
+
+class MoeRouterError(Exception):
+    """Base class: `except MoeRouterError` catches only what we raised."""
+
+
+class ConfigError(MoeRouterError, ValueError):
+    pass
+
+
+class DataError(MoeRouterError, ValueError):
+    pass
+
+
+class CheckpointError(MoeRouterError, RuntimeError):
+    pass
+
+
+class NotCausalError(MoeRouterError, RuntimeError):
+    pass
+
+
+class NonFiniteError(MoeRouterError, ArithmeticError):
+    pass
+
+
+class PeerLostError(MoeRouterError, RuntimeError):
+    pass
+
+
+class ClusterError(MoeRouterError, RuntimeError):
+    pass

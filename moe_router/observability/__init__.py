@@ -1,0 +1,1 @@
+"""What a run tells the world: rows of metrics, routing traces, reports."""

@@ -1,0 +1,44 @@
+"""From choices to rows: who gets a row, and where it lies."""
+
+from torch import Tensor
+
+from moe_router.types import Choice, Plan
+from moe_router_kernels import reference
+
+
+def plan_from_ids(target_TK: Tensor, groups: int) -> Plan:
+    """A dropless Plan from ids alone.
+
+    Args:
+        target_TK: (T, K) int32 in [-1, groups); -1 gets no row.
+    """
+    return Plan(*reference.plan(target_TK, groups))
+
+
+def make_plan(
+    choice: Choice,
+    groups: int,
+    *,
+    capacity: int | None = None,
+    drop: str = "position",
+    position_T: Tensor | None = None,
+    sources: int = 1,
+) -> Plan:
+    """A Plan in which no group takes more than `capacity` choices of one source.
+
+    Args:
+        capacity: rows of one group from one source; None is dropless.
+        drop: who is served first: `position`, the earlier in its sequence; `score`, the heavier.
+        position_T: (T,) int32, needed for `position`.
+        sources: ranks whose tokens stand one after another in T, equally many each; capacity is
+            counted for each of them, so that one rank can repeat what several do.
+    """
+    target_TK = choice.target_TK
+    if capacity is not None:
+        if drop == "score" or position_T is None:
+            order = reference.serve_by_score(choice.weight_TK.detach())
+        else:
+            order = reference.serve_by_position(position_T, target_TK.size(1))
+        rank_TK = reference.rank_in_group(target_TK, groups, order, sources)
+        target_TK = target_TK.masked_fill(rank_TK >= capacity, -1)
+    return plan_from_ids(target_TK, groups)
