@@ -13,9 +13,14 @@ MASK32 = 0xFFFFFFFF
 # --- score and decide ------------------------------------------------------------------------
 
 
+def wide(x: Tensor) -> Tensor:
+    """fp32, the least precision of routing; fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def score(logits_TG: Tensor, kind: str) -> Tensor:
     """fp32 scores: `softmax` over the groups, or `sigmoid` of each."""
-    logits_TG = logits_TG.float()
+    logits_TG = wide(logits_TG)
     return logits_TG.softmax(-1) if kind == "softmax" else logits_TG.sigmoid()
 
 
@@ -125,15 +130,14 @@ def gather_backward(grad_RD: Tensor, row_TK: Tensor) -> Tensor:
 
 def combine(y_RD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     """(T, D): sum over k of weight * row, in fp32 (fp64 stays), in order of k."""
-    wide = torch.promote_types(y_RD.dtype, torch.float32)
-    out_TD = y_RD.new_zeros(row_TK.size(0), y_RD.size(1), dtype=wide)
-    if y_RD.size(0) == 0:
+    out_TD = wide(y_RD.new_zeros(row_TK.size(0), y_RD.size(1)))
+    if y_RD.size(0) == 0 and row_TK.size(0) > 0:  # every choice was dropped
         return out_TD.to(y_RD.dtype)
     for k in range(row_TK.size(1)):
         row_T = row_TK[:, k]
-        term_TD = y_RD[row_T.clamp(min=0)].to(wide) * weight_TK[:, k, None]
+        term_TD = wide(y_RD[row_T.clamp(min=0)]) * weight_TK[:, k, None]
         # where, not a product with 0: unspecified rows may hold NaN
-        out_TD += torch.where((row_T < 0)[:, None], 0.0, term_TD)
+        out_TD = out_TD + torch.where((row_T < 0)[:, None], 0.0, term_TD)
     return out_TD.to(y_RD.dtype)
 
 
@@ -146,15 +150,14 @@ def combine_backward(
     row_TK: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `combine`: (R, D) for the rows, 0 past the end, and (T, K) for the weights."""
-    wide = torch.promote_types(y_RD.dtype, torch.float32)
     live = (src_R >= 0)[:, None]
     weight_R = weight_TK.flatten()[choice_R.clamp(min=0)]
-    grad_RD = grad_TD[src_R.clamp(min=0)].to(wide) * weight_R[:, None]
+    grad_RD = wide(grad_TD[src_R.clamp(min=0)]) * weight_R[:, None]
     grad_RD = torch.where(live, grad_RD, 0.0).to(y_RD.dtype)
     grad_TK = torch.zeros_like(weight_TK)
     for k in range(row_TK.size(1) if y_RD.size(0) else 0):
         row_T = row_TK[:, k]
-        dot_T = (grad_TD.to(wide) * y_RD[row_T.clamp(min=0)].to(wide)).sum(-1)
+        dot_T = (wide(grad_TD) * wide(y_RD[row_T.clamp(min=0)])).sum(-1)
         grad_TK[:, k] = torch.where(row_T < 0, 0.0, dot_T)
     return grad_RD, grad_TK
 
@@ -196,7 +199,7 @@ def balance_loss(probability_TG: Tensor, load_G: Tensor, tokens: Tensor) -> Tens
 
 def z_loss(logits_TG: Tensor, tokens: Tensor) -> Tensor:
     """Mean squared log-sum-exp. Source: Zoph et al. 2022, arXiv:2202.08906, equation 5."""
-    return logits_TG.float().logsumexp(-1).square().sum() / tokens.clamp(min=1)
+    return wide(logits_TG).logsumexp(-1).square().sum() / tokens.clamp(min=1)
 
 
 def sequence_balance_loss(
@@ -211,9 +214,10 @@ def sequence_balance_loss(
     token_T = torch.arange(T, device=offsets_B1.device, dtype=offsets_B1.dtype)
     sequence_T = torch.searchsorted(offsets_B1[1:], token_T, right=True)
     # one-hot products, not index_add: a fixed order of summation on every device
-    member_BT = (sequence_T == torch.arange(B, device=token_T.device)[:, None]).float()
+    member_BT = sequence_T == torch.arange(B, device=token_T.device)[:, None]
+    member_BT = member_BT.to(probability_TG.dtype)
     ids_G = torch.arange(G, device=token_T.device)
-    chosen_TG = (target_TK[..., None] == ids_G).sum(1).float()
+    chosen_TG = (target_TK[..., None] == ids_G).sum(1).to(probability_TG.dtype)
     share_BG = member_BT @ chosen_TG
     share_BG = share_BG / share_BG.sum(-1, keepdim=True).clamp(min=1)
     mean_BG = (member_BT @ probability_TG) / member_BT.sum(-1, keepdim=True).clamp(min=1)

@@ -48,7 +48,7 @@ class Router(nn.Module):
         context = context or Context()
         config = self.config
         with torch.autocast(tokens.x_TD.device.type, enabled=False):
-            x_TD = self._jitter(tokens.x_TD.float(), context.key)
+            x_TD = self._jitter(reference.wide(tokens.x_TD), context.key)
             logits_TG = self.score(x_TD)
             score_TG = reference.score(logits_TG, config.score)
             bias_E = self.bias_E if config.bias_rate > 0 else None
