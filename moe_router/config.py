@@ -56,8 +56,8 @@ class RouterConfig:
     top_k: int
     policy: Literal["top_k", "expert_choice"] = "top_k"
     score: Literal["softmax", "sigmoid"] = "softmax"
-    router: Literal["linear", "mlp"] = "linear"
-    router_hidden: int = 64  # width of the mlp router
+    router: Literal["linear", "mlp", "position"] = "linear"  # position: a control, sees no content
+    router_hidden: int = 64  # width of the mlp router, features of the position router
     renormalise: bool = True  # weights of a token sum to 1
     scale: float = 1.0  # factor on every weight
     straight_through: bool = False  # weight 1/K forward, the score's gradient backward

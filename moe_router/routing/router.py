@@ -49,7 +49,7 @@ class Router(nn.Module):
         config = self.config
         with torch.autocast(tokens.x_TD.device.type, enabled=False):
             x_TD = self._jitter(reference.wide(tokens.x_TD), context.key)
-            logits_TG = self.score(x_TD)
+            logits_TG = self.score(x_TD, tokens.position_T)
             score_TG = reference.score(logits_TG, config.score)
             bias_E = self.bias_E if config.bias_rate > 0 else None
             raw_TK = context.recall("target", lambda: decide(score_TG, bias_E, config))

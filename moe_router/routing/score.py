@@ -14,7 +14,7 @@ class LinearScore(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(groups, dim) * dim**-0.5)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight)
 
 
@@ -26,12 +26,31 @@ class MLPScore(nn.Module):
         self.up = nn.Linear(dim, hidden)
         self.weight = nn.Parameter(torch.randn(groups, hidden) * hidden**-0.5)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         return F.linear(F.gelu(self.up(x_TD)), self.weight)
 
 
-def make_score(dim: int, config: RouterConfig) -> LinearScore | MLPScore:
+class PositionScore(nn.Module):
+    """logits = W (sines and cosines of the position): the control that sees no content."""
+
+    def __init__(self, features: int, groups: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(groups, 2 * features) * features**-0.5)
+
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
+        features = self.weight.size(1) // 2
+        octave_F = torch.arange(features, device=x_TD.device, dtype=x_TD.dtype) / features
+        angle_TF = position_T[:, None] * 10000.0**-octave_F
+        return F.linear(torch.cat([angle_TF.sin(), angle_TF.cos()], -1), self.weight)
+
+
+def make_score(dim: int, config: RouterConfig) -> LinearScore | MLPScore | PositionScore:
+    """The module that `config.router` names."""
     groups = config.experts + config.null_experts
-    if config.router == "linear":
-        return LinearScore(dim, groups)
-    return MLPScore(dim, config.router_hidden, groups)
+    match config.router:
+        case "linear":
+            return LinearScore(dim, groups)
+        case "mlp":
+            return MLPScore(dim, config.router_hidden, groups)
+        case "position":
+            return PositionScore(config.router_hidden, groups)

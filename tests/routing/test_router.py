@@ -150,3 +150,10 @@ def test_impossible_top_k_says_what_fits():
         RouterConfig(experts=8, top_k=9)
     with pytest.raises(ConfigError, match="at most 2, the experts in top_groups groups"):
         RouterConfig(experts=8, top_k=3, expert_groups=4, top_groups=1)
+
+
+def test_the_position_router_sees_no_content():
+    router = Router(8, RouterConfig(experts=4, top_k=2, router="position"))
+    assert torch.equal(router(tokens(seed=0)).weight_TK, router(tokens(seed=1)).weight_TK)
+    shifted = Tokens(tokens().x_TD, tokens().position_T + 7, tokens().offsets_B1)
+    assert not torch.equal(router(tokens()).weight_TK, router(shifted).weight_TK)
