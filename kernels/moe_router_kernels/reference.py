@@ -241,7 +241,7 @@ def uniform_noise(
     seed: int, step: int, layer: int, first_token: int, T: int, C: int, device: torch.device
 ) -> Tensor:
     """(T, C) fp32 in [0, 1): a pure function of (seed, step, layer, global token index, column)."""
-    state = torch.tensor(seed & MASK32, device=device, dtype=torch.int64)
+    state = torch.full((), seed & MASK32, device=device, dtype=torch.int64)
     token_T1 = torch.arange(first_token, first_token + T, device=device)[:, None] & MASK32
     column_C = torch.arange(C, device=device)
     for part in (step & MASK32, layer & MASK32, token_T1, column_C):

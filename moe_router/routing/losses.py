@@ -30,9 +30,10 @@ def router_losses(
     G = score_TG.size(1)
 
     def over_all_ranks() -> Tensor:
-        mine = [target_TK.size(0), tokens.offsets_B1.numel() - 1]
-        sizes = torch.tensor(mine, device=target_TK.device)
-        return total(torch.cat([reference.count(target_TK, G), sizes]))
+        load_G = reference.count(target_TK, G)
+        # new_full, not tensor([...]): a fill does not wait for the device
+        T, B = (load_G.new_full((1,), n) for n in (len(target_TK), len(tokens.offsets_B1) - 1))
+        return total(torch.cat([load_G, T, B]))
 
     counts = context.recall("counts", over_all_ranks)
     load_G, token_count, sequence_count = counts[:G], counts[G], counts[G + 1]
