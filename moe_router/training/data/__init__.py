@@ -1,0 +1,29 @@
+"""Text to batches: sources, tokenizers, packing, exact resume. Formats: docs/data.md."""
+
+from moe_router.training.data.batches import Batch, train_batch, val_batches
+from moe_router.training.data.dataset import Dataset, load_dataset
+from moe_router.training.data.permutation import permute
+from moe_router.training.data.shards import write_shard
+from moe_router.training.data.stream import Segments, TokenStream
+from moe_router.training.data.tokenizer import (
+    ByteTokenizer,
+    FileTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "Dataset",
+    "FileTokenizer",
+    "Segments",
+    "TokenStream",
+    "Tokenizer",
+    "load_dataset",
+    "load_tokenizer",
+    "permute",
+    "train_batch",
+    "val_batches",
+    "write_shard",
+]
