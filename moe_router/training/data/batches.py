@@ -65,12 +65,7 @@ def train_batch(
         ConfigError: `batch` cannot be shared out evenly.
         IndexError: step, micro or rank is out of range.
     """
-    share, rest = divmod(batch, accumulation * ranks)
-    if share < 1 or rest:
-        raise ConfigError(
-            f"train.batch={batch}: want a multiple of {accumulation * ranks}, "
-            f"train.accumulation * cluster.actors"
-        )
+    share = _share(batch, accumulation, ranks)
     if step < 0 or not 0 <= micro < accumulation or not 0 <= rank < ranks:
         raise IndexError(
             f"step={step} micro={micro} rank={rank}: want step >= 0, micro in "
@@ -120,6 +115,17 @@ def val_batches(
             first_token=(mine[0] - start) * length,
             tokens=(stop - start) * length,
         )
+
+
+def _share(batch: int, accumulation: int, ranks: int) -> int:
+    """Rows of one rank in one micro-step."""
+    share, rest = divmod(batch, accumulation * ranks)
+    if share < 1 or rest:
+        raise ConfigError(
+            f"train.batch={batch}: want a multiple of {accumulation * ranks}, "
+            "train.accumulation * cluster.actors"
+        )
+    return share
 
 
 def _shuffled(first: int, count: int, rows: int, seed: int) -> NDArray[np.int64]:

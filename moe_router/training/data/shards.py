@@ -61,18 +61,16 @@ def write_shard(
         if path.suffix == ".npy":
             out.write(_npy_header(dtype, 0))
         for count, document in enumerate(documents, 1):
-            ids_N = np.asarray(document, np.int64)
-            if len(ids_N) and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocab:
+            ids_N = np.concatenate(([document_id], np.asarray(document, np.int64)))
+            if not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocab:
                 raise DataError(f"{path}: document {count} has ids outside 0..{vocab - 1} (vocab)")
-            out.write(np.concatenate(([document_id], ids_N)).astype(dtype).tobytes())
-            tokens += len(ids_N) + 1
+            out.write(ids_N.astype(dtype).tobytes())
+            tokens += len(ids_N)
         if path.suffix == ".npy":
             out.seek(0)
             out.write(_npy_header(dtype, tokens))
-    note = {"format": _FORMAT, "version": 1, "dtype": dtype.name, "tokens": tokens}
-    note |= {"documents": count, "document_id": document_id, "vocab": vocab}
-    with replacing(_sidecar(path)) as out:
-        out.write((json.dumps(note) + "\n").encode())
+    note = {"dtype": dtype.name, "tokens": tokens, "documents": count}
+    _write_sidecar(path, note | {"document_id": document_id, "vocab": vocab})
     return tokens
 
 
@@ -107,6 +105,11 @@ def open_shards(path: str, tokenizer: Tokenizer, val_fraction: float) -> tuple[S
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+def _write_sidecar(path: Path, note: dict[str, Any]) -> None:
+    with replacing(_sidecar(path)) as out:
+        out.write((json.dumps({"format": _FORMAT, "version": 1} | note) + "\n").encode())
 
 
 def _npy_header(dtype: np.dtype[Any], tokens: int) -> bytes:
