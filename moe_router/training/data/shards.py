@@ -43,8 +43,7 @@ def write_shard(
     Args:
         path: ends in .npy or .bin; replaced whole, or not at all.
         documents: ids of each, without separators.
-        document_id: the tokenizer's; written before each document.
-        vocab: the tokenizer's; uint16 up to 65536, else uint32.
+        document_id, vocab: the tokenizer's; ids are uint16 for a vocab up to 65536, else uint32.
 
     Returns:
         How many tokens the shard has, separators among them.
