@@ -1,0 +1,188 @@
+"""What a model costs, from its config alone: parameters, FLOPs, bytes.
+
+Counted are matrix products, 2 FLOPs per multiply-add, of a dropless forward pass; training is three
+times that. Not counted: norms, rotations, softmax, the optimizer, activations in memory.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from moe_router.config import Config, ModelConfig, MoEConfig
+from moe_router.placement import Placement
+
+BYTE_VOCAB = 257
+_BYTES = 4  # fp32: what weights, gradients and AdamW's moments are kept in, bf16 or not
+_TRAINED = 4  # copies of a parameter while training: itself, its gradient, two moments
+_BACKWARD = 3  # forward + backward, over forward
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One matrix-product part of one layer.
+
+    Attributes:
+        layer: "embed", "0", "1", ..., "head".
+        name: "embed", "attention", "norms", "router", "experts", "shared", "mlp" or "head".
+        parameters: held by all ranks together.
+        active: of them, those that one token meets.
+        flops: forward, per token.
+        dense_flops: the same if every expert processed every token.
+    """
+
+    layer: str
+    name: str
+    parameters: int
+    active: int
+    flops: int
+    dense_flops: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the fp32 weights."""
+        return _BYTES * self.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The parts of a model, and sums over them.
+
+    Attributes:
+        tokens_per_step: trained on in one optimizer step, all ranks together.
+        equal_width: hidden width of a dense SwiGLU of the same FLOPs as an MoE layer; 0: no MoE.
+        bytes_per_rank: weights, gradients and optimizer state on the fullest rank.
+    """
+
+    parts: tuple[Part, ...]
+    tokens_per_step: int
+    equal_width: int
+    bytes_per_rank: int
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part.layer for part in self.parts))
+
+    def of_layer(self, layer: str) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.layer == layer)
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token meets."""
+        return sum(part.active for part in self.parts)
+
+    @property
+    def flops(self) -> int:
+        """Forward, per token, as routed."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def dense_flops(self) -> int:
+        """Forward, per token, if every expert processed every token."""
+        return sum(part.dense_flops for part in self.parts)
+
+    @property
+    def flops_per_step(self) -> int:
+        """Forward and backward of one optimizer step, all ranks together."""
+        return _BACKWARD * self.flops * self.tokens_per_step
+
+    @property
+    def bytes(self) -> int:
+        """Of the fp32 weights, all ranks together."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def router_parameter_share(self) -> float:
+        return self._router(lambda part: part.parameters) / self.parameters
+
+    @property
+    def router_flop_share(self) -> float:
+        return self._router(lambda part: part.flops) / self.flops
+
+    def _router(self, count: Callable[[Part], int]) -> int:
+        return sum(count(part) for part in self.parts if part.name == "router")
+
+
+def cost(config: Config, vocab: int = BYTE_VOCAB) -> Cost:
+    """The cost of the model that `config` describes.
+
+    Args:
+        vocab: ids of its tokenizer.
+    """
+    parts = tuple(_parts(config, vocab))
+    moe = config.model.moe
+    return Cost(
+        parts=parts,
+        tokens_per_step=config.train.batch * config.data.seq_len,
+        equal_width=0 if moe is None else round(_rows(moe) * moe.hidden) + moe.shared_hidden,
+        bytes_per_rank=_bytes_per_rank(parts, config),
+    )
+
+
+def _parts(config: Config, vocab: int) -> Iterator[Part]:
+    model = config.model
+    D = model.dim
+    # a tied matrix is held here and met at the head
+    yield Part("embed", "embed", vocab * D, 0 if model.tie_embeddings else D, 0, 0)
+    for i in range(model.layers):
+        layer = str(i)
+        yield _attention(layer, model, config.data.seq_len)
+        yield Part(layer, "norms", 2 * D, 2 * D, 0, 0)
+        if model.moe is not None and model.is_moe(i):
+            yield from _moe(layer, D, model.moe)
+        else:
+            yield _dense(layer, "mlp", D, model.hidden)
+    yield Part("head", "norms", D, D, 0, 0)
+    own, flops = 0 if model.tie_embeddings else vocab * D, 2 * vocab * D
+    yield Part("head", "head", own, vocab * D, flops, flops)
+
+
+def _attention(layer: str, model: ModelConfig, seq_len: int) -> Part:
+    """Causal: a token looks at (seq_len + 1) / 2 tokens on average, fewer where documents end."""
+    D = model.dim
+    width = D // model.heads * model.kv_heads
+    weights = 2 * D * D + 2 * D * width
+    flops = 2 * weights + 2 * D * (seq_len + 1)  # scores and sums: 2 * 2 * D for each one seen
+    return Part(layer, "attention", weights, weights, flops, flops)
+
+
+def _moe(layer: str, D: int, moe: MoEConfig) -> Iterator[Part]:
+    groups, H = moe.experts + moe.null_experts, moe.router_hidden
+    match moe.router:
+        case "linear":
+            weights, biases = D * groups, 0
+        case "mlp":
+            weights, biases = D * H + H * groups, H
+        case "position":
+            weights, biases = 2 * H * groups, 0
+    both = weights + biases
+    yield Part(layer, "router", both, both, 2 * weights, 2 * weights)
+    one, rows = 3 * D * moe.hidden, _rows(moe)
+    experts = moe.experts * one
+    yield Part(layer, "experts", experts, round(rows * one), round(2 * rows * one), 2 * experts)
+    if moe.shared_hidden:
+        yield _dense(layer, "shared", D, moe.shared_hidden)
+
+
+def _dense(layer: str, name: str, D: int, hidden: int) -> Part:
+    weights = 3 * D * hidden
+    return Part(layer, name, weights, weights, 2 * weights, 2 * weights)
+
+
+def _rows(moe: MoEConfig) -> float:
+    """Rows per token and layer: top_k, less what null experts take, which no config knows."""
+    if moe.policy == "top_k":
+        return moe.top_k
+    return min(moe.experts, moe.top_k * (moe.capacity_factor or 1.0))
+
+
+def _bytes_per_rank(parts: Iterable[Part], config: Config) -> int:
+    """Rank 0 is the fullest: it holds an expert more where they do not divide evenly."""
+    ranks, moe, held = config.cluster.actors, config.model.moe, 1.0
+    if moe is not None:
+        held = len(Placement.contiguous(moe.experts, ranks).experts_of_rank[0]) / moe.experts
+    dense = 1 / ranks if config.train.dense == "fsdp" else 1.0
+    shares = (part.bytes * (held if part.name == "experts" else dense) for part in parts)
+    return round(_TRAINED * sum(shares))
