@@ -1,0 +1,174 @@
+"""One rank of a run: its slice of every layer's experts, and a copy of the dense rest.
+
+How a step is computed is in `moe_router.training`; this class gives it a process group and a name
+that other processes can call. It is a plain class, so it is tested without Ray.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from moe_router.config import Config
+from moe_router.errors import ClusterError, PeerLostError
+from moe_router.observability.records import EvalRecord, StepRecord
+from moe_router.training.data import Dataset, load_dataset
+from moe_router.training.loop import Trainer
+
+_ray: Any = ray  # half of its functions have no types
+
+# gloo and NCCL raise bare RuntimeErrors: their text is all that tells a lost peer from a bug
+_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
+
+
+def is_peer_loss(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone, not because we are wrong."""
+    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in _LOST)
+
+
+class ExpertShard:
+    """Args:
+    config: of the run.
+    run_dir: absolute path of the run's folder.
+    device: "cpu" or "cuda"; Ray shows a cuda actor its own GPU only.
+    folder: where the command was typed; relative paths of `data` start there.
+    """
+
+    def __init__(self, config: Config, run_dir: str, device: str, folder: str) -> None:
+        # nothing here may fail: Ray reports an error in a constructor as a lost actor
+        self._config = config
+        self._run_dir = Path(run_dir)
+        self._device = torch.device(device)
+        self._folder = folder
+        self._rank, self._ranks = 0, 1
+        self._store: TCPStore | None = None
+        self._dataset: Dataset | None = None
+        self._trainer: Trainer | None = None
+
+    def ping(self) -> None:
+        """Answers while another call runs: the process lives and is not frozen."""
+
+    def home(self) -> tuple[str, int]:
+        """The node's id and the process id: what it takes to end a frozen process."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def address(self, local: bool) -> str:
+        """Where other ranks reach this one; local: all ranks are on this machine."""
+        return "127.0.0.1" if local else str(_ray.util.get_node_ip_address())
+
+    def host(self, address: str) -> int:
+        """Open the store where the ranks of a new generation meet.
+
+        Returns:
+            The port, picked by the system.
+        """
+        self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return int(self._store.port)
+
+    def join(
+        self, address: str, port: int, generation: int, rank: int, ranks: int, timeout_s: float
+    ) -> None:
+        """Form the process group of `generation` with the other ranks.
+
+        Raises:
+            PeerLostError: a rank did not come within timeout_s.
+        """
+        self.leave()
+        self._rank, self._ranks = rank, ranks
+        if ranks == 1:
+            return
+        cuda = self._device.type == "cuda"
+        with self._peers_may_be_lost():
+            if rank != 0 or self._store is None:
+                self._store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                # a prefix per generation: a late rank of an old one finds nothing to join
+                store=PrefixStore(f"generation{generation}", self._store),
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=torch.device("cuda", 0) if cuda else None,
+            )
+
+    def leave(self) -> None:
+        """Forget the trainer and the process group; both are made anew after a loss."""
+        self._trainer = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def restore(self, step_dir: str | None) -> int:
+        """Make the trainer from a checkpoint, or from the seed where there is none.
+
+        Returns:
+            Optimizer steps done.
+        """
+        if self._dataset is None:
+            if os.path.isdir(self._folder):
+                os.chdir(self._folder)
+            self._dataset = load_dataset(self._config.data)
+        with self._peers_may_be_lost():
+            self._trainer = Trainer(
+                self._config,
+                rank=self._rank,
+                ranks=self._ranks,
+                device=self._device,
+                dataset=self._dataset,
+                run_dir=self._run_dir,
+            )
+            if step_dir is not None:
+                self._trainer.restore(Path(step_dir))
+            return self._trainer.step
+
+    def run(self, steps: int) -> list[StepRecord]:
+        """Train `steps` optimizer steps. Records come from rank 0 alone: they are the same."""
+        with self._peers_may_be_lost():
+            records = [self._ready().train_step() for _ in range(steps)]
+        return records if self._rank == 0 else []
+
+    def evaluate(self) -> EvalRecord:
+        with self._peers_may_be_lost():
+            return self._ready().evaluate()
+
+    def save(self, wait: bool) -> None:
+        """Write a checkpoint of the current step; wait=False returns while it is written."""
+        with self._peers_may_be_lost():
+            self._ready().save(self._run_dir, wait=wait)
+
+    def close(self) -> None:
+        """Finish what is being written, then leave the group."""
+        if self._trainer is not None:
+            self._trainer.close()
+        self.leave()
+
+    def _ready(self) -> Trainer:
+        if self._trainer is None:
+            raise ClusterError(f"rank {self._rank}: no trainer yet; call restore first")
+        return self._trainer
+
+    @contextmanager
+    def _peers_may_be_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ClusterError(
+                f"rank {self._rank}: out of GPU memory; lower train.batch or data.seq_len, raise "
+                "train.accumulation, or set train.activation_checkpointing=true"
+            ) from error
+        except RuntimeError as error:
+            if isinstance(error, PeerLostError) or not is_peer_loss(error):
+                raise
+            raise PeerLostError(f"rank {self._rank}: {str(error).splitlines()[0]}") from error
+
+
+# max_concurrency=2: a ping answers while a step runs. max_restarts=0: an actor that Ray brings back
+# has lost its process group, so only the supervisor may replace one. max_task_retries=0: a step
+# that ran half must never run again by itself.
+ExpertShardActor = _ray.remote(max_concurrency=2, max_restarts=0, max_task_retries=0)(ExpertShard)

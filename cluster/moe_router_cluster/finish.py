@@ -1,0 +1,153 @@
+"""What a run leaves behind when it has trained: a sample of its text, a summary, a report."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe_router.config import Config
+from moe_router.errors import NotCausalError
+from moe_router.models.generate import Sampling, generate
+from moe_router.observability.files import write_atomic
+from moe_router.observability.report import write_report
+from moe_router.observability.summary import write_summary
+from moe_router.observability.trace import Recorder
+from moe_router.routing import Context
+from moe_router.training.checkpoint import load_for_inference
+from moe_router_cluster.progress import clock, short
+from moe_router_cluster.supervisor import Progress
+
+_SHOWN = 400  # characters of the sample on the screen; all of it is in sample.json
+
+
+def write_sample(config: Config, run_dir: Path, step_dir: Path, device: str) -> str | None:
+    """Generate text from a checkpoint, in this process, and record how each token was routed.
+
+    The checkpoint may come from any number of ranks: the experts of all are gathered here.
+
+    Returns:
+        The text, prompt included; None for a model that is not causal and cannot generate.
+    """
+    model, _, tokenizer = load_for_inference(step_dir, device)
+    serve = config.serve
+    sampling = Sampling(
+        max_new_tokens=serve.max_new_tokens,
+        temperature=serve.temperature,
+        top_k=serve.top_k,
+        top_p=serve.top_p,
+        seed=config.run.seed,
+    )
+    # a document starts with its separator: without it the prompt would look like a torn-off text
+    prompt = [tokenizer.document_id, *tokenizer.encode(serve.prompt)]
+    recorder = Recorder(run_dir / "routing" / "sample.safetensors")
+    try:
+        made = generate(
+            model,
+            [prompt],
+            sampling,
+            stop_id=tokenizer.document_id,
+            context=Context(observe=recorder),
+        )[0]
+    except NotCausalError:
+        return None
+    ids = [*prompt, *made]
+    recorder.label(torch.tensor(ids))
+    recorder.save()
+    spoken = ids[1:]
+    sample = {
+        "prompt": serve.prompt,
+        "text": tokenizer.decode(spoken),
+        "token_ids": spoken,
+        "token_text": [tokenizer.decode([token]) for token in spoken],
+    }
+    write_atomic(run_dir / "sample.json", json.dumps(sample, indent=1).encode())
+    return str(sample["text"])
+
+
+def summarise(config: Config, progress: Progress, *, seconds: float, device: str) -> dict[str, Any]:
+    """The fields of summary.json.
+
+    Args:
+        seconds: wall-clock of this process, start of Ray and recoveries included.
+    """
+    quality = progress.evals[progress.step]
+    final = progress.last
+    return {
+        "name": config.run.name,
+        "steps": progress.step,
+        "bits_per_byte": quality.bits_per_byte,
+        "unigram_bits_per_byte": quality.unigram_bits_per_byte,
+        "held_out_loss": quality.loss,
+        "loss": None if final is None else final.loss,
+        "seconds": round(seconds, 2),
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.busy_s if progress.busy_s > 0 else None,
+        "recoveries": len(progress.recoveries),
+        "recovery_log": [
+            {"actor": ", ".join(map(str, loss.actors)) or "none", **asdict(loss)}
+            for loss in progress.recoveries
+        ],
+        "actors": config.cluster.actors,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def finish(
+    config: Config, run_dir: Path, step_dir: Path, summary: dict[str, Any], console: Console
+) -> None:
+    """Write sample, summary and report, and show the end of the run on one screen."""
+    device = "cuda" if summary["device"] != "cpu" and torch.cuda.is_available() else "cpu"
+    text = write_sample(config, run_dir, step_dir, device)
+    write_summary(run_dir, **summary)
+    report = write_report(run_dir)
+    if text is None:
+        console.print("no sample: the model's routing looks at later tokens", style="dim")
+    else:
+        _show(console, config.serve.prompt, text)
+    console.print(_table(summary, step_dir, report))
+
+
+def _show(console: Console, prompt: str, text: str) -> None:
+    shown = Text("\n")
+    shown.append(prompt, style="bold cyan")
+    shown.append(text[len(prompt) : _SHOWN])
+    if len(text) > _SHOWN:
+        shown.append(" ...", style="dim")
+    console.print(shown, soft_wrap=not console.is_terminal)
+
+
+def _table(summary: dict[str, Any], step_dir: Path, report: Path) -> Table:
+    bits, unigram = summary["bits_per_byte"], summary["unigram_bits_per_byte"]
+    speed = summary["tokens_per_second"]
+    pace = "" if speed is None else f", {short(speed)} tokens/s"
+    rows = {
+        "held out": f"{bits:.3f} bits per byte, {bits / unigram:.2f} of the unigram entropy",
+        "trained": f"{summary['steps']} steps in {clock(summary['seconds'])}{pace}",
+        "actors": f"{summary['actors']} on {summary['device']}, {_losses(summary['recoveries'])}",
+        "checkpoint": near(step_dir),
+        "report": near(report),
+    }
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title_justify="left")
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _losses(count: int) -> str:
+    return f"{count} recover{'y' if count == 1 else 'ies'}" if count else "none lost"
+
+
+def near(path: Path) -> str:
+    """As short as the reader can use it from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

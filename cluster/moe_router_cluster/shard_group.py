@@ -1,0 +1,175 @@
+"""The actors of a run as one group: placed together, formed into one torch.distributed group, and
+formed again under the next generation when some are lost."""
+
+import os
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from moe_router.config import Config
+from moe_router.errors import ClusterError
+from moe_router_cluster.calls import Waiting
+from moe_router_cluster.expert_shard import ExpertShardActor
+from moe_router_cluster.resources import (
+    Resources,
+    actor_environment,
+    pick_device,
+    require_room,
+)
+
+_ray: Any = ray  # half of its functions have no types
+PLACE_S = 30.0  # resources were counted before: placing takes milliseconds unless others took them
+
+
+def _kill(pid: int) -> None:
+    """SIGKILL: the only thing that ends a frozen process."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # it is gone, which is what was wanted
+
+
+class ShardGroup:
+    """Args:
+    config: of the run; cluster.actors is the number of ranks.
+    run_dir: absolute path, the same on every node.
+
+    Attributes:
+        generation: counts how often the group was formed.
+        device: "cpu" or "cuda", what cluster.device comes to here.
+    """
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self.generation = 0
+        self.ranks = config.cluster.actors
+        self._have = Resources.of(_ray.cluster_resources())
+        self.device = pick_device(config.cluster, self._have)
+        self._config = config
+        self._run_dir = run_dir
+        self._placement: Any = None
+        self._shards: list[Any] = []
+        self._homes: list[tuple[str, int] | None] = []  # node id and pid of each rank
+        self._here = ray.get_runtime_context().get_node_id()
+        self._local = config.cluster.address is None
+
+    def start(self, step_dir: Path | None) -> int:
+        """Place the actors and form the first generation.
+
+        Returns:
+            Optimizer steps done: those of `step_dir`, 0 without it.
+
+        Raises:
+            ClusterError: the cluster has no room for the actors.
+        """
+        cluster = self._config.cluster
+        require_room(cluster, self.device, self._have)
+        bundle = {"CPU": cluster.cpus_per_actor}
+        if self.device == "cuda":
+            bundle["GPU"] = 1
+        self._placement = placement_group([bundle] * self.ranks, strategy="PACK")
+        if not self._placement.wait(PLACE_S if self._local else cluster.timeout_s):
+            free = Resources.of(_ray.available_resources())
+            raise ClusterError(
+                f"no room for {self.ranks} actors of {bundle}: of the cluster's {self._have}, {free} "
+                "are free; end what else runs there, or lower cluster.actors or cluster.cpus_per_actor"
+            )
+        self._shards = [self._spawn(rank) for rank in range(self.ranks)]
+        self._homes = [None] * self.ranks
+        return self.form(step_dir)
+
+    def form(self, step_dir: Path | None) -> int:
+        """Form the next generation and bring every rank to `step_dir`, or to the seed's weights.
+
+        Returns:
+            Optimizer steps done.
+
+        Raises:
+            ActorsLost: some rank was lost meanwhile.
+        """
+        self.generation += 1
+        self._homes = self.ask("home")
+        address = self.ask_first("address", self._local)
+        port = self.ask_first("host", address)
+        at = (address, port, self.generation)
+        timeout_s = self._config.cluster.timeout_s
+        calls = [
+            shard.join.remote(*at, rank, self.ranks, timeout_s)
+            for rank, shard in enumerate(self._shards)
+        ]
+        self.gather(calls)
+        steps: list[int] = self.ask("restore", None if step_dir is None else str(step_dir))
+        return steps[0]
+
+    def submit(self, method: str, *args: Any) -> list[Any]:
+        """Ask every rank without waiting."""
+        return [getattr(shard, method).remote(*args) for shard in self._shards]
+
+    def gather(self, refs: list[Any]) -> list[Any]:
+        """The answers, rank by rank. Raises as `Waiting.answers`."""
+        return Waiting(self._shards, refs, self._config.cluster.timeout_s).answers()
+
+    def ask(self, method: str, *args: Any) -> list[Any]:
+        return self.gather(self.submit(method, *args))
+
+    def ask_first(self, method: str, *args: Any) -> Any:
+        """Ask rank 0 alone."""
+        refs = [getattr(self._shards[0], method).remote(*args)]
+        return Waiting(self._shards[:1], refs, self._config.cluster.timeout_s).answers()[0]
+
+    def replace(self, lost: Iterable[int]) -> None:
+        """Put new actors in the place of lost ones, and make the others leave the old generation.
+
+        NCCL cannot leave a collective that a peer has died in, so on GPUs all ranks are replaced.
+        """
+        gone = set(range(self.ranks)) if self.device == "cuda" else set(lost)
+        for rank in gone:
+            self._end(rank)
+        for rank in gone:
+            self._shards[rank] = self._spawn(rank)
+            self._homes[rank] = None
+        self.ask("leave")
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL the process of `rank`, wherever it is, even if it is frozen."""
+        home = self._homes[rank]
+        if home is None:
+            return  # it never said where it lives
+        node, pid = home
+        if node == self._here:
+            _kill(pid)
+            return
+        # num_cpus=0: it must run on a node whose CPUs are all taken
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        task = ray.remote(num_cpus=0)(_kill).options(scheduling_strategy=there)
+        ray.wait([task.remote(pid)], timeout=self._config.cluster.timeout_s)
+
+    def close(self) -> None:
+        """End every actor and give their resources back."""
+        for rank in range(len(self._shards)):
+            self._end(rank)
+        self._shards, self._homes = [], []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    def _spawn(self, rank: int) -> Any:
+        return ExpertShardActor.options(
+            num_cpus=self._config.cluster.cpus_per_actor,
+            num_gpus=1 if self.device == "cuda" else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._placement, placement_group_bundle_index=rank
+            ),
+            runtime_env={"env_vars": actor_environment(self._config.cluster, self.device)},
+        ).remote(self._config, str(self._run_dir), self.device, os.getcwd())
+
+    def _end(self, rank: int) -> None:
+        ray.kill(self._shards[rank], no_restart=True)
+        self.kill(rank)  # ray.kill returns at once and leaves a frozen process behind

@@ -1,0 +1,239 @@
+"""Drives a group of ranks through a run: chunks of steps, checkpoints, evaluations, recoveries.
+
+It sees the group only through `Group`, so it is tested with a group that is no process at all.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from moe_router.config import Config
+from moe_router.errors import ClusterError
+from moe_router.observability.metrics import MetricsWriter
+from moe_router.observability.records import EvalRecord, StepRecord
+from moe_router_cluster.faults import Kill
+from moe_router_cluster.interrupts import Interrupts
+from moe_router_cluster.lost import ActorsLost
+from moe_router_cluster.progress import View
+
+CHUNK_S = 0.5  # one call: long enough that calls cost nothing, short enough for Ctrl-C
+
+
+class Group(Protocol):
+    generation: int
+
+    def form(self, step_dir: Path | None) -> int: ...
+    def submit(self, method: str, *args: Any) -> list[Any]: ...
+    def gather(self, refs: list[Any]) -> list[Any]: ...
+    def ask(self, method: str, *args: Any) -> list[Any]: ...
+    def replace(self, lost: Iterable[int]) -> None: ...
+    def kill(self, rank: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """Attributes:
+    actors: that were lost; empty when only a connection broke.
+    replaced: these, and those that hung behind them.
+    killed: on purpose, by --kill.
+    step: steps committed when it happened.
+    from_step: where all ranks went on from.
+    seconds: from the loss until every rank stood at from_step in the new generation.
+    """
+
+    actors: list[int]
+    replaced: list[int]
+    killed: bool
+    step: int
+    from_step: int
+    seconds: float
+    generation: int
+    reason: str
+
+    def __str__(self) -> str:
+        who = f"actor{'s' * (len(self.actors) > 1)} {', '.join(map(str, self.actors))}"
+        what = "killed" if self.killed else "lost"
+        spot = f"{what} at step {self.step}, recovered in {self.seconds:.1f} s"
+        return f"{who if self.actors else 'connection'} {spot}"
+
+
+@dataclass
+class Progress:
+    """What the run has come to, for the summary.
+
+    Attributes:
+        step: optimizer steps committed.
+        saved: the step of the newest checkpoint asked for.
+        tokens, busy_s: trained on by this process, and the time that took, recoveries excluded.
+    """
+
+    step: int = 0
+    saved: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0
+    last: StepRecord | None = None
+    evals: dict[int, EvalRecord] = field(default_factory=dict)
+    recoveries: list[Recovery] = field(default_factory=list)
+
+
+class Supervisor:
+    """Args:
+    config: of the run.
+    group: formed, every rank at `step`.
+    step: where the run goes on from.
+    latest: the newest whole checkpoint, or None.
+    kill: an actor to kill on the way.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        group: Group,
+        writer: MetricsWriter,
+        view: View,
+        interrupts: Interrupts,
+        *,
+        step: int,
+        latest: Callable[[], Path | None],
+        kill: Kill | None = None,
+    ) -> None:
+        self.progress = Progress(step=step, saved=step)
+        self._config, self._train = config, config.train
+        self._group, self._writer, self._view = group, writer, view
+        self._interrupts, self._latest = interrupts, latest
+        self._kill = kill if kill is not None and kill.step >= step else None
+        self._killed: tuple[int, float] | None = None  # rank, when
+        self._step_s = 0.0  # how long one step takes
+
+    def run(self) -> bool:
+        """To the last step, its checkpoint and its evaluation.
+
+        Returns:
+            False if the user ended it first; then a checkpoint of `progress.step` was written.
+
+        Raises:
+            ClusterError: more than cluster.max_recoveries actors were lost.
+            MoeRouterError: whatever an actor raised.
+        """
+        self._interrupts.graceful = True
+        self._view.at(self.progress.step, self._group.generation)
+        try:
+            while True:
+                try:
+                    return self._advance()
+                except ActorsLost as lost:
+                    self._recover(lost)
+        finally:
+            self._interrupts.graceful = False
+
+    def _advance(self) -> bool:
+        done = self.progress
+        while not self._interrupts.asked:
+            if self._is_due(self._train.eval_every) and done.step not in done.evals:
+                self._evaluate()
+            if done.step == self._train.steps:
+                return True
+            self._chunk()
+            if self._is_due(self._train.checkpoint_every):
+                self._save(wait=done.step == self._train.steps)
+        if done.saved < done.step:
+            self._save(wait=True)
+        return False
+
+    def _is_due(self, every: int) -> bool:
+        step = self.progress.step
+        return step > 0 and (step == self._train.steps or (every > 0 and step % every == 0))
+
+    def _chunk(self) -> None:
+        began = time.monotonic()
+        steps = self._chunk_size()
+        calls = self._group.submit("run", steps)
+        if self._kill is not None and self._kill.step == self.progress.step:
+            self._strike(self._kill.rank, min(CHUNK_S, steps * self._step_s) / 2)
+        records: list[StepRecord] = self._group.gather(calls)[0]
+        seconds = time.monotonic() - began
+        for record in records:
+            self._writer.write(record)
+        done = self.progress
+        done.step, done.last = records[-1].step, records[-1]
+        done.tokens += sum(record.tokens for record in records)
+        done.busy_s += seconds
+        self._step_s = seconds / len(records)
+        self._view.steps(records)
+
+    def _chunk_size(self) -> int:
+        """Steps of one call: about CHUNK_S, never across a step where something is due."""
+        step = self.progress.step
+        stops = [self._train.steps]
+        if self._kill is not None and self._kill.step > step:
+            stops.append(self._kill.step)
+        for every in (self._train.checkpoint_every, self._train.eval_every):
+            if every > 0:
+                stops.append(step + every - step % every)
+        wished = max(1, int(CHUNK_S / self._step_s)) if self._step_s > 0 else 1
+        return min(wished, min(stops) - step)
+
+    def _strike(self, rank: int, after_s: float) -> None:
+        time.sleep(after_s)  # into the middle of a step
+        self._kill = None
+        self._killed = rank, time.monotonic()
+        self._group.kill(rank)
+
+    def _evaluate(self) -> None:
+        record: EvalRecord = self._group.ask("evaluate")[0]
+        self.progress.evals[record.step] = record
+        self._writer.write_eval(record)
+        share = record.bits_per_byte / record.unigram_bits_per_byte
+        self._view.say(
+            f"step {record.step}: held-out {record.bits_per_byte:.3f} bits per byte, "
+            f"{share:.2f} of the unigram entropy {record.unigram_bits_per_byte:.3f}"
+        )
+
+    def _save(self, *, wait: bool) -> None:
+        self._group.ask("save", wait)
+        self.progress.saved = self.progress.step
+
+    def _recover(self, lost: ActorsLost) -> None:
+        done, began = self.progress, time.monotonic()
+        if self._killed is not None:
+            began = self._killed[1]
+        actors: set[int] = set()
+        replaced: set[int] = set()
+        while True:
+            actors |= lost.ranks
+            replaced |= lost.ranks | lost.stuck
+            self._require_hope(len(done.recoveries) + 1, lost)
+            try:
+                self._group.replace(lost.ranks | lost.stuck)
+                step = self._group.form(self._latest())
+                break
+            except ActorsLost as again:
+                lost = again
+        recovery = Recovery(
+            actors=sorted(actors),
+            replaced=sorted(replaced),
+            killed=self._killed is not None and self._killed[0] in actors,
+            step=done.step,
+            from_step=step,
+            seconds=round(time.monotonic() - began, 3),
+            generation=self._group.generation,
+            reason=str(lost),
+        )
+        done.recoveries.append(recovery)
+        done.evals = {at: record for at, record in done.evals.items() if at <= step}
+        done.step = done.saved = step
+        self._killed = None
+        self._writer.rewind(step)
+        self._view.say(str(recovery), style="bold yellow")
+        self._view.at(step, recovery.generation)
+
+    def _require_hope(self, losses: int, lost: ActorsLost) -> None:
+        most = self._config.cluster.max_recoveries
+        if losses > most:
+            raise ClusterError(
+                f"{lost} at step {self.progress.step}: loss number {losses}, want at most {most} "
+                "(cluster.max_recoveries); see why actors die (memory, the node), then run the "
+                "same command: it goes on from the newest checkpoint"
+            ) from lost

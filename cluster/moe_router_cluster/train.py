@@ -1,0 +1,153 @@
+"""`moe-router train`, from a config to a finished run folder.
+
+Ray is imported only after its environment is set, and data is read before Ray starts: what is
+wrong with a config or a file is said within a second or two.
+"""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+
+from moe_router.config import Config
+from moe_router.errors import ClusterError
+from moe_router.observability.metrics import MetricsWriter
+from moe_router.observability.summary import read_summary
+from moe_router.training.checkpoint import latest_checkpoint
+from moe_router.training.data import Dataset, load_dataset
+from moe_router_cluster.faults import Kill
+from moe_router_cluster.finish import finish, near, summarise
+from moe_router_cluster.interrupts import Interrupts
+from moe_router_cluster.lost import ActorsLost
+from moe_router_cluster.progress import View
+from moe_router_cluster.run_folder import RunFolder, open_run
+from moe_router_cluster.session import prepare_environment, ray_session
+from moe_router_cluster.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from moe_router_cluster.shard_group import ShardGroup  # imports Ray
+
+_MEASURED = 16  # held-out rows that bytes per token is taken over
+
+
+def train(
+    config: Config, console: Console, *, kill: str | None = None, restart: bool = False
+) -> bool:
+    """Train, or go on training, the run that `config` names.
+
+    Args:
+        kill: RANK@STEP or RANK@FRACTION: an actor to SIGKILL on the way.
+        restart: move an older run of this name aside.
+
+    Returns:
+        False if the user ended it; a checkpoint was written, and the same call goes on from it.
+
+    Raises:
+        MoeRouterError: one line for the user.
+        KeyboardInterrupt: the user would not wait for the checkpoint.
+    """
+    began = time.monotonic()
+    order = None if kill is None else Kill.parse(kill, config)
+    prepare_environment(config.cluster)
+    with Interrupts() as interrupts, open_run(config, restart=restart) as folder:
+        if folder.finished:
+            _say_finished(folder.path, console)
+            return True
+        console.print(f"{config.run.name}: {config.train.steps} steps; starting", highlight=False)
+        per_token = bytes_per_token(load_dataset(config.data))
+        with ray_session(config.cluster):
+            interrupts.take_over()  # Ray has put its own handler on SIGTERM
+            run = _Run(config, folder, console, interrupts, order, began)
+            return run.with_actors(per_token)
+
+
+def bytes_per_token(dataset: Dataset) -> float:
+    """Of the held-out text; 1 for bytes, but for the separators."""
+    rows = [dataset.val.row(i)[1:] for i in range(min(_MEASURED, dataset.val.rows))]
+    sizes = dataset.tokenizer.bytes_of[np.concatenate(rows)]
+    return max(float(sizes.mean()), 1e-3)  # never 0: a text of separators alone
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One process's part of a run, while Ray is there."""
+
+    config: Config
+    folder: RunFolder
+    console: Console
+    interrupts: Interrupts
+    kill: Kill | None
+    began: float  # time.monotonic()
+
+    def with_actors(self, per_token: float) -> bool:
+        from ray.exceptions import RayError, RayTaskError
+
+        from moe_router_cluster.shard_group import ShardGroup
+
+        group = ShardGroup(self.config, self.folder.path)
+        try:
+            return self._drive(group, per_token)
+        except RayTaskError:
+            raise  # a bug of ours: its traceback is what is needed
+        except RayError as error:
+            first = next(iter(str(error).splitlines()), "")
+            raise ClusterError(f"Ray failed: {type(error).__name__}: {first}") from error
+        finally:
+            group.close()
+
+    def _drive(self, group: "ShardGroup", per_token: float) -> bool:
+        config, path = self.config, self.folder.path
+        actors = config.cluster.actors
+        step = group.start(self.folder.checkpoint)
+        self._say(
+            f"{actors} actor{'s' * (actors > 1)} on {group.device}, ready after "
+            f"{time.monotonic() - self.began:.1f} s"
+        )
+        view = View(
+            self.console, steps=config.train.steps, bytes_per_token=per_token, actors=actors
+        )
+        with MetricsWriter(path, config.run, resume_from=step) as writer, view:
+            if step:
+                view.say(f"going on from step {step} of {near(path)}")
+            supervisor = Supervisor(
+                config,
+                group,
+                writer,
+                view,
+                self.interrupts,
+                step=step,
+                latest=partial(latest_checkpoint, path),
+                kill=self.kill,
+            )
+            ended = supervisor.run()
+        with suppress(ActorsLost):  # what an actor that dies now held is on disk
+            group.ask("close")
+        group.close()
+        last = latest_checkpoint(path)
+        if not ended or last is None:
+            saved = "nothing was saved yet" if last is None else f"{near(last)} is written"
+            self._say(f"stopped: {saved}; the same command goes on")
+            return False
+        seconds = time.monotonic() - self.began
+        summary = summarise(config, supervisor.progress, seconds=seconds, device=group.device)
+        finish(config, path, last, summary, self.console)
+        return True
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say_finished(path: Path, console: Console) -> None:
+    summary = read_summary(path)
+    console.print(
+        f"{near(path)} is finished: {summary.get('steps')} steps, "
+        f"{summary.get('bits_per_byte'):.3f} bits per byte; see {near(path / 'report.html')}, or "
+        "train it anew with --restart",
+        highlight=False,
+        soft_wrap=True,
+    )
