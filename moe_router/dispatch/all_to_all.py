@@ -26,47 +26,52 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Te
     return out
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-        ctx.way = (send, receive, group)
-        return exchange(x, send, receive, group)
+class _Send(torch.autograd.Function):
+    """Rows, fp32 weights and ids to the experts; the gradients of rows and weights return.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive, group = ctx.way
-        return exchange(grads[0], receive, send, group), None, None, None
-
-
-class _ExchangeChoices(torch.autograd.Function):
-    """Ids and fp32 weights in one message; the weights' gradients return."""
+    One function for all three, so that every rank runs the same collectives in the same order in
+    backward, also a rank without experts, on which no gradient reaches the rows.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        weight_NK: Tensor,
-        id_NK: Tensor,
+        x_RD: Tensor,
+        weight_RK: Tensor,
+        id_RK: Tensor,
         send: list[int],
         receive: list[int],
         group: Group,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.way = (send, receive, group)
-        packed = torch.cat([weight_NK.view(torch.int32), id_NK], 1)
-        weight, ids = exchange(packed, send, receive, group).chunk(2, 1)
-        ids = ids.contiguous()
-        ctx.mark_non_differentiable(ids)
-        return weight.contiguous().view(torch.float32), ids
+        packed = torch.cat([weight_RK.view(torch.int32), id_RK], 1)
+        weight_NK, id_NK = exchange(packed, send, receive, group).chunk(2, 1)
+        id_NK = id_NK.contiguous()
+        ctx.mark_non_differentiable(id_NK)
+        x_ND = exchange(x_RD, send, receive, group)
+        return x_ND, weight_NK.contiguous().view(torch.float32), id_NK
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         send, receive, group = ctx.way
-        return exchange(grads[0], receive, send, group), None, None, None, None
+        grad_RD = exchange(grads[0], receive, send, group)
+        return grad_RD, exchange(grads[1], receive, send, group), None, None, None, None
 
 
-def _travel(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """`exchange` with its gradient."""
-    out: Tensor = _Exchange.apply(x, send, receive, group)  # type: ignore[no-untyped-call]
-    return out
+class _Return(torch.autograd.Function):
+    """Results home; their gradients go back to the experts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_ND: Tensor, send: list[int], receive: list[int], group: Group
+    ) -> Tensor:
+        ctx.way = (send, receive, group)
+        return exchange(y_ND, receive, send, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive, group = ctx.way
+        return exchange(grads[0], send, receive, group), None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +108,9 @@ class AllToAll:
         id_RK = torch.where(here_RK, slot_E[kept_TK[src_R].clamp(min=0)], -1)
         weight_RK = weight_RK.masked_fill(~here_RK, 0.0)
 
-        weight_NK, id_NK = _ExchangeChoices.apply(  # type: ignore[no-untyped-call]
-            weight_RK, id_RK, send, receive, self.group
+        x_ND, weight_NK, id_NK = _Send.apply(  # type: ignore[no-untyped-call]
+            x_RD, weight_RK, id_RK, send, receive, self.group
         )
-        x_ND = _travel(x_RD, send, receive, self.group)
         held = len(placement.experts_of_rank[self.rank])
         way_back = _WayBack(to_ranks, send, receive)
         return Received(x_ND, Choice(id_NK, weight_NK), plan_from_ids(id_NK, held), way_back)
@@ -114,7 +118,9 @@ class AllToAll:
     def combine(self, y_RD: Tensor, received: Received) -> Tensor:
         plan, way = received.plan, received.handle
         sum_ND = combine(y_RD, received.choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)
-        home_RD = _travel(sum_ND, way.receive, way.send, self.group)
+        home_RD = _Return.apply(  # type: ignore[no-untyped-call]
+            sum_ND, way.send, way.receive, self.group
+        )
         row_TW = way.plan.row_TK
         unit_TW = torch.ones(row_TW.shape, device=row_TW.device)
         rows = home_RD.size(0)

@@ -42,6 +42,11 @@ def shard(layer, placement, rank):
     return ours
 
 
+def gradient(parameter):
+    """A rank without experts has nothing to differentiate."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
 def forward_backward(layer, tokens, grad_TD):
     x_TD = tokens.x_TD.clone().requires_grad_()
     routed = layer(dataclasses.replace(tokens, x_TD=x_TD))
@@ -51,8 +56,8 @@ def forward_backward(layer, tokens, grad_TD):
         "delta": routed.delta_TD.detach(),
         "x": x_TD.grad,
         "router": layer.router.score.weight.grad,
-        "gate_up": layer.experts.gate_up.grad,
-        "down": layer.experts.down.grad,
+        "gate_up": gradient(layer.experts.gate_up),
+        "down": gradient(layer.experts.down),
         "loss": layer.aux_loss(routed.choice).detach(),
         "kept": (routed.plan.row_TK >= 0),
     }
