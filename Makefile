@@ -1,0 +1,79 @@
+# make demo and make test are all that README asks for; the rest is for those who change the code.
+
+SHELL := /bin/bash
+EXTRAS := .[test,lint]
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# the first of these that runs and is new enough; a name on PATH may be a shim of nothing
+NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
+
+# another TORCH brings a Triton of its own, so the tested one is then not asked for
+TESTED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH ?= $(TESTED_TORCH)
+CONSTRAINTS := $(VENV)/constraints.txt
+FREE := torch$(if $(filter $(TORCH),$(TESTED_TORCH)),,|triton)
+# the CPU build is a tenth of the size of the CUDA build; off Linux the plain one is a CPU build
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+CPU_ONLY := $(if $(GPU),,$(filter Linux,$(shell uname -s)))
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# -qq leaves errors
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+ARGS ?=
+
+# $(call timed,what,command): runs it and says how long it took
+timed = start=$$SECONDS; $(2) || exit; printf '%-52s %5d s\n' '$(1)' $$((SECONDS - start))
+
+.PHONY: help demo test test-slow lint types setup clean venv
+help:
+	@echo 'make demo       set up, train, kill an actor, recover, speak: about 3 minutes'
+	@echo 'make test       set up, pass the tests'
+	@echo 'make test-slow  the tests that take longer'
+	@echo 'make lint       ruff and the import linter'
+	@echo 'make types      mypy --strict'
+	@echo 'make setup      the virtual environment in $(VENV) alone'
+	@echo 'make clean      remove it, and what tools left behind; runs/ and data/ stay'
+
+demo: setup
+	@$(call timed,demo,$(BIN)/moe-router train configs/quickstart.yaml --kill 1@0.5 --restart)
+
+# Triton interprets or compiles, never both in one process
+test: setup
+	@$(call timed,tests,$(PYTEST) -m "not slow" --ignore=tests/interpreter --ignore=tests/compile $(ARGS))
+	@$(call timed,tests in the interpreter,TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter $(ARGS))
+	@$(call timed,tests of compilation,$(PYTEST) -m "not slow" tests/compile $(ARGS))
+
+test-slow: setup
+	@$(call timed,slow tests,$(PYTEST) -m slow $(ARGS))
+
+lint: setup
+	@$(call timed,ruff,$(BIN)/ruff check . && $(BIN)/ruff format --check .)
+	@$(call timed,import linter,PYTHONPATH=.:kernels:cluster $(BIN)/lint-imports)
+
+types: setup
+	@$(call timed,mypy,$(BIN)/mypy)
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	@$(MAKE) --no-print-directory venv
+	@$(call timed,packages and moe_router,$(PIP) -c $(CONSTRAINTS) -e '$(EXTRAS)')
+	@touch $@
+
+# an environment with torch alone
+venv:
+	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer on PATH; install one, or make PYTHON=/path/to/python3'; exit 1; }
+	@$(call timed,virtual environment of $(if $(PYTHON),$(shell $(PYTHON) --version 2>&1)),$(PYTHON) -m venv $(VENV))
+	@sed -E 's/^($(FREE))==.*//; $$ a torch==$(TORCH)' constraints.txt > $(CONSTRAINTS)
+	@$(call timed,torch $(TORCH)$(if $(CPU_ONLY),+cpu),$(if $(CPU_ONLY),$(CPU_TORCH),$(PIP) -c $(CONSTRAINTS) torch))
+
+# a configured index or wheel folder may have the CPU build; PyPI does not
+CPU_TORCH = { $(PIP) -c $(CONSTRAINTS) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) -c $(CONSTRAINTS) --extra-index-url $(CPU_INDEX) torch==$(TORCH)+cpu; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
