@@ -1,8 +1,17 @@
-"""Models built from one transformer block."""
+"""Models built from one transformer block. Start with `causal_lm.py`, then `block.py`."""
 
-from moe_router.models.causal_lm import CausalLM, LMOutput
-from moe_router.models.generate import Sampling, generate
+from moe_router.models.causal_lm import CausalLM, LMOutput, token_loss
+from moe_router.models.generate import generate
 from moe_router.models.init import init_parameters
 from moe_router.models.kv_cache import KVCache
+from moe_router.models.sampling import Sampling
 
-__all__ = ["CausalLM", "KVCache", "LMOutput", "Sampling", "generate", "init_parameters"]
+__all__ = [
+    "CausalLM",
+    "KVCache",
+    "LMOutput",
+    "Sampling",
+    "generate",
+    "init_parameters",
+    "token_loss",
+]

@@ -1,11 +1,8 @@
-"""One pre-norm transformer block: attention, then a dense or a routed feed-forward layer."""
+"""The transformer block: attention, then a dense or a routed feed-forward layer."""
 
-import dataclasses
+from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe_router.config import ModelConfig
 from moe_router.dispatch import Dispatcher
@@ -13,29 +10,21 @@ from moe_router.layers.moe import MoE
 from moe_router.layers.swiglu import SwiGLU
 from moe_router.models.attention import Attention
 from moe_router.models.kv_cache import LayerCache
-from moe_router.models.layout import Layout
+from moe_router.models.norm import RMSNorm
+from moe_router.models.packing import Packing
+from moe_router.models.rope import Turn
 from moe_router.placement import Placement
-from moe_router.routing import Context, PlanMemory
+from moe_router.routing import Context
 from moe_router.types import Routed, Tokens
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32. Source: Zhang & Sennrich 2019, arXiv:1910.07467."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
 class Block(nn.Module):
-    """Args:
-    config: of the model.
-    layer: index; decides whether the block is routed.
-    dispatcher, placement: of a routed block.
+    """Pre-norm residual block; it alone adds the residual, once for each half.
+
+    Args:
+        config: of the model.
+        layer: index of the block; decides whether it is routed, and names its noise.
+        dispatcher, placement: of the experts; see `MoE`.
     """
 
     def __init__(
@@ -46,40 +35,32 @@ class Block(nn.Module):
         placement: Placement | None = None,
     ) -> None:
         super().__init__()
-        dim = config.dim
-        self.attention_norm = RMSNorm(dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(dim, config.norm_eps)
-        self.moe: MoE | None = None
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp: SwiGLU | None = None
+        self.moe: MoE | None = None
         if config.moe is not None and config.is_moe(layer):
-            self.moe = MoE(dim, config.moe, layer=layer, dispatcher=dispatcher, placement=placement)
+            self.moe = MoE(
+                config.dim, config.moe, layer=layer, dispatcher=dispatcher, placement=placement
+            )
         else:
-            self.mlp = SwiGLU(dim, config.hidden)
+            self.mlp = SwiGLU(config.dim, config.hidden)
 
     def forward(
         self,
         tokens: Tokens,
-        layout: Layout,
+        turn: Turn,
+        packing: Packing,
         context: Context,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routed | None]:
-        """Residuals added; what the router did beside it."""
-        normed = dataclasses.replace(tokens, x_TD=self.attention_norm(tokens.x_TD))
-        x_TD = tokens.x_TD + self.attention(normed, layout, cache)
-        normed = dataclasses.replace(tokens, x_TD=self.mlp_norm(x_TD))
-        if self.mlp is not None:
-            return x_TD + self.mlp(normed.x_TD), None
-        assert self.moe is not None
-        routed = self.moe(normed, context)
+        """The next x_TD, and what the routed layer did if there is one."""
+        x_TD = tokens.x_TD
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), turn, packing, cache)
+        normed_TD = self.mlp_norm(x_TD)
+        if self.moe is None:
+            assert self.mlp is not None
+            return x_TD + self.mlp(normed_TD), None
+        routed: Routed = self.moe(replace(tokens, x_TD=normed_TD), context)
         return x_TD + routed.delta_TD, routed
-
-    def recomputed(
-        self, tokens: Tokens, layout: Layout, context: Context
-    ) -> tuple[Tensor, Routed | None]:
-        """`forward`, whose activations are computed again in backward, by the plan of the first."""
-        context = dataclasses.replace(context, memory=PlanMemory())
-        out: tuple[Tensor, Routed | None] = checkpoint(
-            self.forward, tokens, layout, context, use_reentrant=False, preserve_rng_state=False
-        )
-        return out

@@ -1,26 +1,29 @@
-"""A causal language model built from the block."""
+"""The causal language model: packed token ids in, fp32 logits of the next token out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_router.config import ModelConfig
 from moe_router.dispatch import Dispatcher
-from moe_router.models.block import Block, RMSNorm
+from moe_router.models.block import Block
 from moe_router.models.kv_cache import KVCache
-from moe_router.models.layout import Layout
+from moe_router.models.norm import RMSNorm
+from moe_router.models.packing import Packing
+from moe_router.models.rope import turn_at
 from moe_router.placement import Placement
-from moe_router.routing import Context
+from moe_router.routing import Context, PlanMemory
 from moe_router.types import Routed, Tokens
 
 
 @dataclass(frozen=True, slots=True)
 class LMOutput:
     """Attributes:
-    logits_TV: fp32.
-    routed: of each block, None for a dense one.
+    logits_TV: fp32, of the token after each one.
+    routed: what each block's routed layer did; None for a dense block.
     """
 
     logits_TV: Tensor
@@ -29,10 +32,11 @@ class LMOutput:
 
 class CausalLM(nn.Module):
     """Args:
-    config: sizes and routing.
-    vocab: tokens V.
-    dispatcher, placement: how tokens reach experts on other ranks, and which rank holds which.
-    activation_checkpointing: compute each block again in backward instead of keeping it.
+    config: sizes, and which blocks are routed.
+    vocab: number of token ids V.
+    dispatcher, placement: how tokens reach experts on other ranks; see `MoE`.
+    activation_checkpointing: keep only each block's input and routing decisions for the
+        backward pass; the rest is computed again.
     """
 
     def __init__(
@@ -46,18 +50,15 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.vocab = vocab
         self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Embedding(vocab, config.dim)
-        self.blocks = nn.ModuleList(
-            Block(config, layer, dispatcher, placement) for layer in range(config.layers)
-        )
+        blocks = [Block(config, i, dispatcher, placement) for i in range(config.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.dim, vocab, bias=False)
-
-    @property
-    def causal(self) -> bool:
-        """Whether no token's logits depend on later tokens."""
-        return all(block.moe is None or block.moe.causal for block in self._blocks)
+        tied = config.tie_embeddings
+        self.head = None if tied else nn.Linear(config.dim, vocab, bias=False)
+        self.causal = all(block.moe is None or block.moe.causal for block in blocks)
 
     def forward(
         self,
@@ -68,45 +69,51 @@ class CausalLM(nn.Module):
         cache: KVCache | None = None,
         context: Context | None = None,
     ) -> LMOutput:
-        """Logits of the next token, for every token.
+        """Logits for every token.
 
         Args:
-            ids_T: int64, packed sequences.
-            position_T: int32, position inside the sequence, cached tokens counted.
-            offsets_B1: int32, bounds of the sequences in T.
-            cache: holds the tokens before these; it grows by these.
-            context: noise, ledger, observer of the pass.
+            ids_T: (T,) integers, packed sequences.
+            position_T: (T,) integers, position inside the sequence.
+            offsets_B1: (B + 1,) int32 cu_seqlens; on the CPU it saves a wait for the device.
+            cache: holds the earlier tokens of the B sequences; the new ones are appended.
+            context: noise, ledger, observer of the routed layers.
         """
         context = context or Context()
-        layout = Layout.of(offsets_B1)
-        x_TD = self.embed(ids_T)
-        routed = []
-        for layer, block in enumerate(self._blocks):
-            tokens = Tokens(x_TD, position_T, offsets_B1)
-            if self.activation_checkpointing and self.training and cache is None:
-                x_TD, out = block.recomputed(tokens, layout, context)
+        packing = Packing(offsets_B1, ids_T.device)
+        turn = turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
+        tokens = Tokens(self.embed(ids_T), position_T, packing.offsets_B1)
+        # a cache would be written twice
+        recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
+        routed: list[Routed | None] = []
+        for i, block in enumerate(self.blocks):
+            if recompute:
+                # one memory a block: the second run takes the decisions of the first
+                remembering = replace(context, memory=PlanMemory())
+                arguments = (block, tokens, turn, packing, remembering)
+                x_TD, layer_routed = checkpoint(
+                    *arguments, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                held = None if cache is None else cache.layers[layer]
-                x_TD, out = block(tokens, layout, context, held)
-            routed.append(out)
-        weight_VD = self.embed.weight if self.head is None else self.head.weight
-        logits_TV = F.linear(self.norm(x_TD), weight_VD)
-        return LMOutput(logits_TV.float(), tuple(routed))
+                layer_cache = None if cache is None else cache.layers[i]
+                x_TD, layer_routed = block(tokens, turn, packing, context, layer_cache)
+            tokens = replace(tokens, x_TD=x_TD)
+            routed.append(layer_routed)
+        return LMOutput(self._logits(tokens.x_TD), tuple(routed))
 
     def aux_loss(self, output: LMOutput) -> Tensor:
-        """The scaled routing losses of all layers: this rank's share of a global sum."""
+        """The routing losses of all layers times their coefficients: this rank's share."""
         terms = [
             block.moe.aux_loss(routed.choice)
-            for block, routed in zip(self._blocks, output.routed, strict=True)
-            if block.moe is not None and routed is not None
+            for block, routed in zip(self.blocks, output.routed, strict=True)
+            if isinstance(block, Block) and block.moe is not None and routed is not None
         ]
         return torch.stack(terms).sum() if terms else output.logits_TV.new_zeros(())
 
-    @property
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(x_TD), weight_VD).float()
 
 
-def cross_entropy_sum(logits_TV: Tensor, target_T: Tensor) -> Tensor:
-    """Nats summed over this rank's tokens, fp32."""
-    return F.cross_entropy(logits_TV.float(), target_T, reduction="sum")
+def token_loss(logits_TV: Tensor, target_T: Tensor) -> Tensor:
+    """Cross-entropy in nats, fp32, summed over the tokens of this rank."""
+    return F.cross_entropy(logits_TV.float(), target_T.long(), reduction="sum")

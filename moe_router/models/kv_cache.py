@@ -1,55 +1,91 @@
-"""Keys and values of the tokens already seen; every layer keeps its own lengths."""
+"""Keys and values of the tokens so far. Each layer has its own storage and its own lengths, so
+that a layer which some tokens skip holds fewer of them. For inference: nothing here has a gradient.
+"""
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moe_router.errors import ConfigError
+from moe_router.models.packing import Packing
 
+
+@dataclass(slots=True)
 class LayerCache:
-    """The cache of one layer: (B, S, H, d) storage that grows, and a length per sequence."""
+    """Attributes:
+    sequences: B.
+    reserve: slots to hold from the start; more are added when they run out.
+    bound: no sequence has more slots than this in use; known to the host without a wait.
+    length_B: int32, slots in use; on the device.
+    kv_2BSJC: keys, values: J heads of C channels in S slots of B sequences.
+    """
 
-    def __init__(self, sequences: int) -> None:
-        self.lengths = [0] * sequences
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
+    sequences: int
+    reserve: int
+    bound: int = 0
+    length_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    kv_2BSJC: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def append(self, key_THd: Tensor, value_THd: Tensor, counts: list[int]) -> None:
-        """Write the next `counts[b]` tokens of each sequence b; they stand packed in T."""
-        grown = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self._key = self._room(self._key, key_THd, max(grown))
-        self._value = self._room(self._value, value_THd, max(grown))
-        start = 0
-        for b, count in enumerate(counts):
-            self._key[b, self.lengths[b] : grown[b]] = key_THd[start : start + count]
-            self._value[b, self.lengths[b] : grown[b]] = value_THd[start : start + count]
-            start += count
-        self.lengths = grown
+    def write(self, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
+        """Append tokens to their sequences.
 
-    def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, H, d) keys and values up to the longest sequence, and (B,) int64 lengths."""
-        assert self._key is not None and self._value is not None, "nothing was appended"
-        longest = max(self.lengths)
-        length_B = torch.tensor(self.lengths, device=self._key.device)
-        return self._key[:, :longest], self._value[:, :longest], length_B
+        Returns:
+            (T,) int64, the slot of each token in its sequence.
+        """
+        if packing.sequences != self.sequences:
+            raise ConfigError(
+                f"cache holds {self.sequences} sequences, offsets_B1 has {packing.sequences}: "
+                f"want one for one; give a sequence without new tokens an empty range"
+            )
+        self.bound += packing.longest
+        self._make_room(k_TJC)
+        sequence_T = packing.sequence_T
+        slot_T = self.length_B[sequence_T] + packing.rank_T
+        self.kv_2BSJC[0, sequence_T, slot_T] = k_TJC.detach()
+        self.kv_2BSJC[1, sequence_T, slot_T] = v_TJC.detach()
+        self.length_B = self.length_B + packing.offsets_B1.diff()
+        return slot_T
 
-    def _room(self, held: Tensor | None, new_THd: Tensor, longest: int) -> Tensor:
-        """The storage, doubled when it is full."""
-        if held is not None and held.size(1) >= longest:
-            return held
-        shape = (len(self.lengths), 1 << (longest - 1).bit_length(), *new_THd.shape[1:])
-        larger = new_THd.new_zeros(shape)
-        if held is not None:
-            larger[:, : held.size(1)] = held
-        return larger
+    def read(self) -> tuple[Tensor, Tensor]:
+        """(B, J, bound, C) keys and values; slots past a sequence's length are finite."""
+        k, v = self.kv_2BSJC[:, :, : self.bound].transpose(2, 3).unbind(0)
+        return k, v
+
+    def keep(self, row_B: Tensor) -> None:
+        """Hold only the sequences `row_B` (int64), in that order."""
+        self.sequences = row_B.numel()
+        if self.kv_2BSJC.numel():
+            self.kv_2BSJC = self.kv_2BSJC[:, row_B]
+            self.length_B = self.length_B[row_B]
+
+    def _make_room(self, like_TJC: Tensor) -> None:
+        held = self.kv_2BSJC.size(2) if self.kv_2BSJC.dim() == 5 else 0
+        if held >= self.bound and held > 0:
+            return
+        slots = max(self.bound, self.reserve, 2 * held)
+        # zeros, not empty: a masked NaN would still poison a sum
+        kv = like_TJC.new_zeros(2, self.sequences, slots, *like_TJC.shape[1:])
+        if held:
+            kv[:, :, :held] = self.kv_2BSJC
+        else:
+            self.length_B = self.length_B.new_zeros(self.sequences, device=like_TJC.device)
+        self.kv_2BSJC = kv
 
 
 class KVCache:
-    """One LayerCache for each block of a model.
+    """One `LayerCache` per layer.
 
     Args:
-        layers: blocks.
-        sequences: B, which every forward pass with this cache must bring.
+        layers: of the model.
+        sequences: B, fixed but for `keep`.
+        reserve: tokens per sequence to hold room for from the start.
     """
 
-    def __init__(self, layers: int, sequences: int) -> None:
-        self.layers = [LayerCache(sequences) for _ in range(layers)]
-        self.positions = [0] * sequences  # the next position of each sequence
+    def __init__(self, layers: int, sequences: int, reserve: int = 0) -> None:
+        self.layers = [LayerCache(sequences, reserve) for _ in range(layers)]
+
+    def keep(self, row_B: Tensor) -> None:
+        """Hold only the sequences `row_B` (int64, on the cache's device), in that order."""
+        for layer in self.layers:
+            layer.keep(row_B)

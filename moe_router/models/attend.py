@@ -1,0 +1,106 @@
+"""Causal attention on bare tensors. H query heads, J key and value heads, C channels of a head,
+S slots of a cache, Q queries of a sequence.
+
+Query head h reads key head h // (H / J). Three ways, one result up to rounding: torch's packed
+flash kernel (CUDA, 16 bit), few padded calls (everything else), and new tokens against a cache.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_router.models.packing import Packing, Piece
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def attend_packed(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
+    """Each token attends to itself and the earlier tokens of its sequence.
+
+    Returns:
+        (T, H, C) of q's dtype.
+    """
+    if packing.tokens == 0:
+        return q_THC
+    if q_THC.is_cuda and q_THC.dtype in HALF and q_THC.size(-1) % 8 == 0:
+        return _flash()(q_THC, k_TJC, v_TJC, packing)
+    sizes = [piece.tokens for piece in packing.pieces]
+    # split, not slices: its backward is one concatenation
+    q_parts, k_parts, v_parts = (torch.split(x, sizes) for x in (q_THC, k_TJC, v_TJC))
+    parts = zip(q_parts, k_parts, v_parts, packing.pieces, strict=True)
+    out = [_attend_piece(q, k, v, piece) for q, k, v, piece in parts]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def attend_cached(
+    q_THC: Tensor, k_BJSC: Tensor, v_BJSC: Tensor, slot_T: Tensor, packing: Packing
+) -> Tensor:
+    """Each new token attends to the slots of its sequence up to its own.
+
+    Args:
+        k_BJSC, v_BJSC: the cache, the new tokens in it already.
+        slot_T: (T,) int64, the slot of each new token.
+
+    Returns:
+        (T, H, C) of q's dtype.
+    """
+    if packing.tokens == 0:
+        return q_THC
+    B, Q, J = packing.sequences, packing.longest, k_BJSC.size(1)
+    _, H, C = q_THC.shape
+    cell_T = packing.sequence_T * Q + packing.rank_T
+    q_BQHC = q_THC.new_zeros(B * Q, H, C).index_copy(0, cell_T, q_THC).view(B, Q, H, C)
+    last_BQ = slot_T.new_zeros(B * Q).index_copy(0, cell_T, slot_T).view(B, Q)
+    # the H / J query heads of a key head become rows of one matrix: the cache is never repeated
+    q_BJXC = q_BQHC.view(B, Q, J, H // J, C).permute(0, 2, 3, 1, 4).reshape(B, J, -1, C)
+    slot_S = torch.arange(k_BJSC.size(2), device=slot_T.device)
+    seen_BQS = slot_S <= last_BQ[..., None]
+    seen_B1XS = seen_BQS[:, None].expand(B, H // J, Q, -1).reshape(B, 1, H // J * Q, -1)
+    y_BJXC = F.scaled_dot_product_attention(q_BJXC, k_BJSC, v_BJSC, attn_mask=seen_B1XS)
+    y_BQHC = y_BJXC.view(B, J, H // J, Q, C).permute(0, 3, 1, 2, 4).reshape(B * Q, H, C)
+    return y_BQHC[cell_T]
+
+
+def _attend_piece(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, piece: Piece) -> Tensor:
+    def grid(x_TNC: Tensor) -> Tensor:
+        cells = x_TNC
+        if piece.cell_T is not None:
+            empty = x_TNC.new_zeros(piece.rows * piece.width, *x_TNC.shape[1:])
+            cells = empty.index_copy(0, piece.cell_T, x_TNC)
+        return cells.view(piece.rows, piece.width, *x_TNC.shape[1:]).transpose(1, 2)
+
+    repeat = q_THC.size(1) // k_TJC.size(1)
+    if q_THC.is_cuda and repeat > 1:  # CUDA's fp32 kernels know no grouped heads
+        k_TJC, v_TJC = (x.repeat_interleave(repeat, 1) for x in (k_TJC, v_TJC))
+        repeat = 1
+    mask = piece.mask_R1WW
+    q, k, v = grid(q_THC), grid(k_TJC), grid(v_TJC)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=repeat > 1
+    )
+    y_TNC = y.transpose(1, 2).reshape(-1, *q_THC.shape[1:])
+    return y_TNC if piece.cell_T is None else y_TNC[piece.cell_T]
+
+
+@cache
+def _flash() -> Callable[[Tensor, Tensor, Tensor, Packing], Tensor]:
+    """torch's packed kernel. Imported on first use: it takes a second and torch._dynamo."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # 2.11 takes fewer key heads as they come, 2.13 wants to be told
+    wants_word = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    word = {"enable_gqa": True} if wants_word else {}
+    packed: Any = varlen_attn
+    attention = partial(packed, window_size=(-1, 0), **word)  # any way back, none ahead
+
+    def attend(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
+        bounds, longest = packing.offsets_B1, packing.longest
+        y_THC: Tensor = attention(q_THC, k_TJC, v_TJC, bounds, bounds, longest, longest)
+        return y_THC
+
+    return attend

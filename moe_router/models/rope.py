@@ -1,0 +1,37 @@
+"""Rotary position embedding: two halves of a head are the two coordinates that turn.
+
+Source: Su et al. 2021, arXiv:2104.09864. There is no table of positions, so no longest sequence.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Turn(NamedTuple):
+    """How far each token turns: fp32, (T, 1, C) for C channels of a head."""
+
+    cos_T1C: Tensor
+    sin_T1C: Tensor
+
+
+def turn_at(position_T: Tensor, channels: int, theta: float) -> Turn:
+    """Cosines and signed sines for each position; computed once, used by every layer.
+
+    Args:
+        position_T: (T,) integers.
+        channels: of one head, even.
+        theta: the slowest pair turns by about 1 / theta a token.
+    """
+    pair = torch.arange(0, channels, 2, device=position_T.device, dtype=torch.float64)
+    # fp64: an fp32 angle is off by 0.06 at position 1M
+    angle_TC = position_T[:, None].double() * theta ** (-pair / channels)
+    cos_TC, sin_TC = angle_TC.cos().float(), angle_TC.sin().float()
+    return Turn(torch.cat([cos_TC, cos_TC], -1)[:, None], torch.cat([-sin_TC, sin_TC], -1)[:, None])
+
+
+def rotate(x_THC: Tensor, turn: Turn) -> Tensor:
+    """Turn queries or keys, in fp32 at least; returns that dtype."""
+    swapped_THC = x_THC.roll(x_THC.size(-1) // 2, -1)
+    return x_THC * turn.cos_T1C + swapped_THC * turn.sin_T1C

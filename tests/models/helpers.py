@@ -1,0 +1,30 @@
+"""A small causal LM and packed batches for the tests of models."""
+
+import torch
+
+from moe_router.config import ModelConfig, MoEConfig
+from moe_router.models import CausalLM, init_parameters
+
+VOCAB = 23
+
+
+def small_model(moe=None, *, recompute=False, std=8.0, **model):
+    """Weights are large enough for attention and router to matter; `moe` overrides a top-2 MoE."""
+    routed = None if moe is None else MoEConfig(**{"experts": 6, "top_k": 2, "hidden": 8} | moe)
+    sizes = {"layers": 3, "dim": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "moe": routed}
+    lm = CausalLM(ModelConfig(**sizes | model), VOCAB, activation_checkpointing=recompute)
+    init_parameters(lm, seed=3)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.dim() > 1:
+                parameter *= std
+    return lm
+
+
+def packed(lengths, seed=0):
+    """ids_T, position_T, offsets_B1 of random sequences of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_T = torch.randint(VOCAB, (sum(lengths),), generator=generator)
+    position_T = torch.cat([torch.arange(n, dtype=torch.int32) for n in [0, *lengths]])
+    offsets_B1 = torch.tensor([0, *lengths]).cumsum(0).int()
+    return ids_T, position_T, offsets_B1

@@ -1,0 +1,97 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_router.models.attend import attend_cached, attend_packed
+from moe_router.models.kv_cache import LayerCache
+from moe_router.models.packing import NARROW, Packing
+
+CPU = torch.device("cpu")
+
+
+def packing_of(lengths, device=CPU):
+    return Packing(torch.tensor([0, *lengths]).cumsum(0), device)
+
+
+def qkv(tokens, heads, kv_heads, channels, **kind):
+    shapes = (heads, kv_heads, kv_heads)
+    return [torch.randn(tokens, n, channels, **kind).requires_grad_() for n in shapes]
+
+
+def definition(q_THC, k_TJC, v_TJC, lengths):
+    """Softmax over the past, a sequence and a head at a time."""
+    group = q_THC.size(1) // k_TJC.size(1)
+    out, start = [], 0
+    for n in lengths:
+        here = slice(start, start + n)
+        heads = []
+        for h in range(q_THC.size(1)):
+            q, k, v = q_THC[here, h], k_TJC[here, h // group], v_TJC[here, h // group]
+            score = q @ k.T / math.sqrt(q.size(1))
+            future = torch.ones(n, n, device=q.device).triu(1).bool()
+            heads.append(score.masked_fill(future, -torch.inf).softmax(-1) @ v)
+        out.append(torch.stack(heads, 1))
+        start += n
+    return torch.cat(out)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 40) | st.integers(NARROW, NARROW + 3), min_size=1, max_size=6),
+    st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+)
+def test_packed_attention_is_its_definition_forward_and_backward(lengths, heads):
+    if not sum(lengths):
+        lengths = [*lengths, 1]
+    torch.manual_seed(0)
+    x = qkv(sum(lengths), *heads, 4, dtype=torch.float64)
+    ours, wanted = attend_packed(*x, packing_of(lengths)), definition(*x, lengths)
+    torch.testing.assert_close(ours, wanted)
+    weight = torch.randn_like(wanted)
+    for got, want in zip(
+        torch.autograd.grad((ours * weight).sum(), x),
+        torch.autograd.grad((wanted * weight).sum(), x),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_no_tokens_is_no_work():
+    x = qkv(0, 4, 2, 4)
+    assert attend_packed(*x, packing_of([0, 0])).shape == (0, 4, 4)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_new_tokens_attend_to_the_cache_and_to_themselves(heads):
+    old, new = [3, 0, 6, 1], [2, 4, 0, 1]
+    both = [a + b for a, b in zip(old, new, strict=True)]
+    q, k, v = (x.detach() for x in qkv(sum(both), *heads, 4, dtype=torch.float64))
+    wanted = definition(q, k, v, both)
+    is_new = torch.cat([torch.arange(a + b) >= a for a, b in zip(old, new, strict=True)])
+    cache = LayerCache(sequences=4, reserve=0)
+    cache.write(k[~is_new], v[~is_new], packing_of(old))
+    packing = packing_of(new)
+    slot_T = cache.write(k[is_new], v[is_new], packing)
+    got = attend_cached(q[is_new], *cache.read(), slot_T, packing)
+    torch.testing.assert_close(got, wanted[is_new])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("channels", [64, 12])
+def test_cuda_kernels_are_the_definition(heads, dtype, channels):
+    lengths = [5, 128, 0, 1, NARROW + 44]
+    x = qkv(sum(lengths), *heads, channels, dtype=dtype, device="cuda")
+    ours = attend_packed(*x, packing_of(lengths, torch.device("cuda")))
+    exact = [t.detach().double().requires_grad_() for t in x]
+    wanted = definition(*exact, lengths)
+    grads = torch.autograd.grad(ours.double().square().sum(), x)
+    wanted_grads = torch.autograd.grad(wanted.square().sum(), exact)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for got, want in zip((ours, *grads), (wanted, *wanted_grads), strict=True):
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert error < tolerance

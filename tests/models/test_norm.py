@@ -1,0 +1,23 @@
+import torch
+
+from moe_router.models.norm import RMSNorm
+
+
+def test_the_mean_square_becomes_1_times_the_weight():
+    norm = RMSNorm(6, eps=0.0)
+    with torch.no_grad():
+        norm.weight.fill_(3.0)
+    y = norm(torch.randn(4, 6) * 100)
+    torch.testing.assert_close(y.square().mean(-1), torch.full((4,), 9.0))
+
+
+def test_half_precision_is_normalised_in_fp32():
+    x = torch.full((1, 8), 3e4, dtype=torch.float16)  # its square is infinite in fp16
+    y = RMSNorm(8, eps=1e-5)(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, torch.ones_like(x))
+
+
+def test_autocast_gives_its_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert RMSNorm(8, eps=1e-5)(torch.randn(2, 8)).dtype == torch.bfloat16

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from moe_router.errors import ConfigError
+from moe_router.models import Sampling
+from moe_router.models.sampling import sample, sampling_noise
+
+PROBABILITY = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
+CPU = torch.device("cpu")
+
+
+def shares(**settings):
+    """How often each token is drawn over evenly spread noise."""
+    uniform_B = (torch.arange(1000) + 0.5) / 1000
+    logits_BV = PROBABILITY.log().expand(1000, -1)
+    token_B = sample(logits_BV, uniform_B, Sampling(**{"temperature": 1.0} | settings))
+    return token_B.bincount(minlength=5) / 1000
+
+
+def check(got, *wanted):
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float32), atol=0.002, rtol=0)
+
+
+def test_tokens_are_drawn_by_their_probability():
+    check(shares(), 0.1, 0.4, 0.0, 0.3, 0.2)
+
+
+def test_top_k_and_top_p_leave_the_likeliest():
+    check(shares(top_k=2), 0, 4 / 7, 0, 3 / 7, 0)
+    check(shares(top_p=0.75), 0, 4 / 9, 0, 3 / 9, 2 / 9)
+    check(shares(top_p=0.3), 0, 1, 0, 0, 0)
+    check(shares(top_p=0.75, top_k=2), 0, 4 / 7, 0, 3 / 7, 0)
+    check(shares(top_k=50), 0.1, 0.4, 0.0, 0.3, 0.2)
+
+
+def test_a_temperature_sharpens_and_0_is_greedy():
+    squared = PROBABILITY.square() / PROBABILITY.square().sum()
+    check(shares(temperature=0.5), *squared.tolist())
+    check(shares(temperature=0.0), 0, 1, 0, 0, 0)
+
+
+def test_the_greatest_noise_takes_a_token_that_has_a_probability():
+    logits_BV = torch.tensor([[0.0, 0.0, -torch.inf]])
+    token_B = sample(logits_BV, torch.tensor([1 - 2.0**-24]), Sampling(temperature=1.0))
+    assert token_B.tolist() == [1]
+
+
+def test_noise_is_named_by_seed_prompt_and_step():
+    prompts = [[1, 2], [3], [1, 2]]
+    noise = sampling_noise(prompts, Sampling(max_new_tokens=5), CPU)
+    assert noise.shape == (3, 5) and noise.unique().numel() == 10
+    assert torch.equal(noise[1:2], sampling_noise([[3]], Sampling(max_new_tokens=5), CPU))
+    other = sampling_noise(prompts, Sampling(max_new_tokens=5, seed=1), CPU)
+    assert not (other == noise).any()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature=-1.0: want 0 or more"),
+        ({"top_p": 0.0}, r"top_p=0.0: want 0 < top_p <= 1"),
+        ({"top_k": -1}, r"top_k=-1: want 0 \(all\) or more"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0: want 1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**setting)
