@@ -40,6 +40,12 @@ class Batch:
     first_token: int
     tokens: int
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        tensors = (self.ids_T, self.target_T, self.position_T, self.offsets_B1)
+        ids_T, target_T, position_T, offsets_B1 = (x.to(device, non_blocking=True) for x in tensors)
+        return Batch(ids_T, target_T, position_T, offsets_B1, self.first_token, self.tokens)
+
 
 def train_batch(
     dataset: Dataset,

@@ -1,0 +1,1 @@
+"""Train a model on one rank of a group, without Ray."""
