@@ -35,9 +35,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     source = str(path)
     data = _read(find_config(path), source)
-    for override in overrides:
-        _override(data, override, source)
-    return config_from_dict(data, source)
+    return config_from_dict(override(data, overrides, source), source)
 
 
 def find_config(name_or_path: Path | str) -> Path:
@@ -90,6 +88,23 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def override(
+    data: dict[str, Any], overrides: Sequence[str], source: str = "config"
+) -> dict[str, Any]:
+    """`data`, changed by each "a.b.c=value" in turn; the value is YAML.
+
+    Args:
+        data: nested dicts; changed in place.
+        source: what error lines start with.
+
+    Raises:
+        ConfigError: an override is not of that form, or goes through a value.
+    """
+    for each in overrides:
+        _put(data, each, source)
+    return data
+
+
 def _read(path: Path, source: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -104,7 +119,7 @@ def _read(path: Path, source: str) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], override: str, source: str) -> None:
+def _put(data: dict[str, Any], override: str, source: str) -> None:
     """Put the value of "a.b.c=value" in its place."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")

@@ -1,0 +1,84 @@
+"""What the commands print, as rich tables."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from moe_router.cost import Cost, Part
+from moe_router.doctor import Finding, Status
+from moe_router.observability.records import EvalRecord
+
+_STYLE: dict[Status, str] = {"ok": "green", "weak": "yellow", "missing": "bold red"}
+_COLUMNS = ("attention", "router", "experts", "shared", "mlp", "head")
+
+
+def short(number: float) -> str:
+    """1234567 as 1.23M."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def cost_table(cost: Cost, title: str) -> Table:
+    """One row per layer; forward FLOPs per token are split by part."""
+    used = [name for name in _COLUMNS if any(part.name == name for part in cost.parts)]
+    table = Table(title=title, caption="FLOPs: forward, per token, 2 per multiply-add")
+    for name in ("layer", "parameters", "active", "bytes"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for name in (*used, "FLOPs", "every expert"):
+        table.add_column(name, justify="right", style="dim" if name in used else None)
+    for layer in cost.layers:
+        table.add_row(layer, *_sums(cost.of_layer(layer), used))
+    table.add_section()
+    table.add_row("all", *_sums(cost.parts, used), style="bold")
+    return table
+
+
+def _sums(parts: Sequence[Part], used: Sequence[str]) -> list[str]:
+    by_name = [sum(p.flops for p in parts if p.name == name) for name in used]
+    held, active = sum(p.parameters for p in parts), sum(p.active for p in parts)
+    flops, dense = sum(p.flops for p in parts), sum(p.dense_flops for p in parts)
+    numbers = [held, active, sum(p.bytes for p in parts), *by_name, flops, dense]
+    return [short(n) if n else "" for n in numbers]
+
+
+def cost_facts(cost: Cost) -> list[str]:
+    """What the table does not show, a line each."""
+    lines = [
+        f"router: {cost.router_parameter_share:.2%} of the parameters, "
+        f"{cost.router_flop_share:.2%} of the FLOPs",
+        f"routed: {cost.flops / cost.dense_flops:.1%} of the FLOPs that all experts would take",
+        f"one step: {short(cost.tokens_per_step)} tokens, {short(cost.flops_per_step)}FLOP "
+        "forward and backward",
+        f"memory: {short(cost.bytes_per_rank)}B on the fullest rank for weights, gradients and "
+        "optimizer state",
+    ]
+    if cost.equal_width:
+        same = f"a dense SwiGLU of width {cost.equal_width} costs as much as an MoE layer's experts"
+        lines.insert(2, same)
+    return lines
+
+
+def doctor_table(findings: Sequence[Finding]) -> Table:
+    """What was found; what to do about it where it is not ok."""
+    table = Table("", "what", "found", "fix")
+    for finding in findings:
+        status = Text(finding.status, _STYLE[finding.status])
+        table.add_row(status, finding.name, Text(finding.found), Text(finding.fix))
+    return table
+
+
+def eval_table(record: EvalRecord, title: str) -> Table:
+    """Held-out quality beside what letter frequencies alone reach."""
+    share = record.bits_per_byte / record.unigram_bits_per_byte
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("held-out tokens", f"{record.tokens:,}")
+    table.add_row("loss, nats per token", f"{record.loss:.4f}")
+    table.add_row("bits per byte", f"{record.bits_per_byte:.4f}", style="bold")
+    table.add_row("unigram entropy, bits per byte", f"{record.unigram_bits_per_byte:.4f}")
+    table.add_row("of the unigram entropy", f"{share:.3f}")
+    return table

@@ -1,0 +1,104 @@
+"""Counts from the config alone equal those of the model that is built from it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_router.config_file import load_config
+from moe_router.cost import BYTE_VOCAB, cost
+from moe_router.models import CausalLM
+
+TINY = [
+    "model.layers=3",
+    "model.dim=32",
+    "model.heads=4",
+    "model.hidden=48",
+    "model.moe.hidden=24",
+    "data.seq_len=16",
+]
+VARIANTS = {
+    "moe": [],
+    "dense": ["model.moe=null"],
+    "untied": ["model.tie_embeddings=false"],
+    "shared": ["model.moe.shared_hidden=40"],
+    "some layers": ["model.moe.first=1", "model.moe.every=2"],
+    "mlp router": ["model.moe.router=mlp", "model.moe.null_experts=3"],
+    "position router": ["model.moe.router=position"],
+    "experts choose": ["model.moe.policy=expert_choice", "model.moe.capacity_factor=1.5"],
+}
+
+
+def tiny(variant):
+    return load_config("quickstart", TINY + VARIANTS[variant])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_those_of_the_model(variant):
+    config = tiny(variant)
+    model = CausalLM(config.model, BYTE_VOCAB)
+    total = cost(config)
+    assert total.parameters == sum(p.numel() for p in model.parameters())
+    router = [p.numel() for name, p in model.named_parameters() if ".router." in name]
+    assert total.router_parameter_share == sum(router) / total.parameters
+    for i, block in enumerate(model.blocks):
+        held = sum(part.parameters for part in total.of_layer(str(i)))
+        assert held == sum(p.numel() for p in block.parameters())
+
+
+@pytest.mark.parametrize("variant", ["dense", "untied"])
+def test_flops_are_those_torch_counts(variant):
+    """Where torch's counter knows every product: a dense model. It counts attention unmasked."""
+    config = tiny(variant)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=None))
+    model, S = CausalLM(config.model, BYTE_VOCAB), config.data.seq_len
+    ids_T = torch.zeros(S, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(ids_T, torch.arange(S).int(), torch.tensor([0, S]).int())
+    counted = sum(
+        flops
+        for op, flops in counter.get_flop_counts()["Global"].items()
+        if "attention" not in str(op)
+    )
+    total, D = cost(config), config.model.dim
+    causal = config.model.layers * 2 * D * (S + 1)
+    assert counted == S * (total.flops - causal)
+
+
+def test_expert_flops_by_hand():
+    config = load_config("quickstart")
+    total = cost(config)
+    experts = [part for part in total.parts if part.name == "experts"]
+    assert [part.flops for part in experts] == [6 * 2 * 128 * 256] * 4  # 6 * K * D * F
+    assert [part.dense_flops for part in experts] == [6 * 8 * 128 * 256] * 4
+    assert [part.parameters for part in experts] == [8 * 3 * 128 * 256] * 4
+    assert total.flops_per_step == 3 * total.flops * 16 * 128
+    assert total.equal_width == 512
+    assert total.bytes == 4 * total.parameters
+
+
+def test_memory_of_the_fullest_rank():
+    """Uneven experts, fsdp: 16 bytes a parameter: weight, gradient and two moments in fp32."""
+    config = load_config("quickstart", ["cluster.actors=4", "model.moe.experts=6"])
+    total = cost(config)
+    experts = sum(part.parameters for part in total.parts if part.name == "experts")
+    dense = total.parameters - experts
+    assert total.bytes_per_rank == 16 * (dense + experts * 2 // 6)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dense="fsdp"))
+    assert cost(config).bytes_per_rank == 16 * (dense // 4 + experts * 2 // 6)
+
+
+def test_equal_flops_dense_model_costs_the_same():
+    """The dense control of a quality claim: `equal_width` in the place of the experts."""
+    routed = load_config("quickstart", ["model.moe.shared_hidden=128"])
+    width = cost(routed).equal_width
+    dense = load_config("quickstart", ["model.moe=null", f"model.hidden={width}"])
+    router = sum(part.flops for part in cost(routed).parts if part.name == "router")
+    assert cost(routed).flops - router == cost(dense).flops
+
+
+def test_ranks_share_the_memory_alone():
+    """The same for any number of ranks: parameters are those of all of them together."""
+    one, four = (cost(load_config("quickstart", [f"cluster.actors={n}"])) for n in (1, 4))
+    assert one.parts == four.parts and one.bytes_per_rank > four.bytes_per_rank
