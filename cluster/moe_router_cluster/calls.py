@@ -1,7 +1,8 @@
 """Waiting for the actors of a group without ever hanging: the dead, the frozen and the failed."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -15,7 +16,7 @@ GRACE_S = 2.0  # for survivors to answer, once one rank is known to be lost
 
 
 class Waiting:
-    """Waits for one answer from each rank.
+    """Waits for one answer from each of some ranks.
 
     A dead actor is reported by Ray at once. A frozen one leaves its ping unanswered for timeout_s.
     A survivor may hang in a ring behind ranks that have already given up, until the collective's
@@ -23,22 +24,29 @@ class Waiting:
 
     Args:
         shards: actor handles, rank i at index i.
-        refs: the call that each of them is doing.
+        refs: by rank, the call that it is doing.
         timeout_s: how long a ping may stay unanswered.
+        patience_s: how long a call may take of ranks that are alive.
     """
 
-    def __init__(self, shards: Sequence[Any], refs: Sequence[Any], timeout_s: float) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Any],
+        refs: Mapping[int, Any],
+        timeout_s: float,
+        patience_s: float = math.inf,
+    ) -> None:
         self._shards = shards
-        self._pending = {ref: rank for rank, ref in enumerate(refs)}
+        self._pending = {ref: rank for rank, ref in refs.items()}
         self._timeout_s = timeout_s + 2 * POLL_S  # collectives that time out speak first
         self._answers: dict[int, Any] = {}
         self._lost: dict[int, str] = {}
         self._broken: str | None = None  # what a survivor said
-        self._give_up_at = float("inf")
+        self._give_up_at = time.monotonic() + patience_s
         self._pings: dict[int, tuple[Any, float]] = {}
 
     def answers(self) -> list[Any]:
-        """One answer a rank.
+        """One answer a rank, in order.
 
         Raises:
             ActorsLost: some rank is gone, or said that another is.
@@ -51,9 +59,10 @@ class Waiting:
             self._ping()
             if time.monotonic() > self._give_up_at:
                 break  # whoever has not answered by now is stuck
-        if self._lost or self._broken is not None:
+        if self._lost or self._broken is not None or self._pending:
             reason = "; ".join(f"actor {rank} {why}" for rank, why in sorted(self._lost.items()))
-            raise ActorsLost(self._lost, reason or str(self._broken), self._pending.values())
+            stuck = self._broken or f"actors {sorted(self._pending.values())} did not finish"
+            raise ActorsLost(self._lost, reason or stuck, self._pending.values())
         return [self._answers[rank] for rank in sorted(self._answers)]
 
     def _settle(self, ref: Any, rank: int) -> None:

@@ -6,7 +6,7 @@ that other processes can call. It is a plain class, so it is tested without Ray.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,9 @@ from moe_router.errors import ClusterError, PeerLostError
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.training.data import Dataset, load_dataset
 from moe_router.training.loop import Trainer
+from moe_router.training.parallel import is_peer_loss
 
 _ray: Any = ray  # half of its functions have no types
-
-# gloo and NCCL raise bare RuntimeErrors: their text is all that tells a lost peer from a bug
-_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
-
-
-def is_peer_loss(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone, not because we are wrong."""
-    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in _LOST)
 
 
 class ExpertShard:
@@ -99,8 +92,15 @@ class ExpertShard:
             )
 
     def leave(self) -> None:
-        """Forget the trainer and the process group; both are made anew after a loss."""
-        self._trainer = None
+        """Finish what is being written; forget the trainer and the process group.
+
+        Raises:
+            CheckpointError: the disk refused the checkpoint that was being written.
+        """
+        trainer, self._trainer = self._trainer, None
+        if trainer is not None:
+            with suppress(PeerLostError):  # a checkpoint that ranks are missing from
+                trainer.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -141,12 +141,6 @@ class ExpertShard:
         """Write a checkpoint of the current step; wait=False returns while it is written."""
         with self._peers_may_be_lost():
             self._ready().save(self._run_dir, wait=wait)
-
-    def close(self) -> None:
-        """Finish what is being written, then leave the group."""
-        if self._trainer is not None:
-            self._trainer.close()
-        self.leave()
 
     def _ready(self) -> Trainer:
         if self._trainer is None:

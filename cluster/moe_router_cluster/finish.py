@@ -13,13 +13,13 @@ from rich.text import Text
 
 from moe_router.config import Config
 from moe_router.errors import NotCausalError
-from moe_router.models.generate import Sampling, generate
+from moe_router.models import Sampling, generate
 from moe_router.observability.files import write_atomic
 from moe_router.observability.report import write_report
 from moe_router.observability.summary import write_summary
 from moe_router.observability.trace import Recorder
 from moe_router.routing import Context
-from moe_router.training.checkpoint import load_for_inference
+from moe_router.training.inference import load_for_inference
 from moe_router_cluster.progress import clock, short
 from moe_router_cluster.supervisor import Progress
 

@@ -71,6 +71,9 @@ def actor_environment(cluster: ClusterConfig, device: str) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0)) // cluster.actors if local else cluster.cpus_per_actor
         # more threads than cores make gloo's ranks wait for each other's threads
         variables["OMP_NUM_THREADS"] = str(max(1, int(cores)))
+    else:
+        # without it cuBLAS may sum in another order each time, and a replay would differ
+        variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if local:
         variables["GLOO_SOCKET_IFNAME"] = "lo"  # the host name may resolve to nothing, offline
     return variables

@@ -14,7 +14,7 @@ from moe_router.config import Config
 from moe_router.config_file import config_to_dict
 from moe_router.errors import ConfigError
 from moe_router.observability.files import explained, write_atomic
-from moe_router.training.checkpoint import latest_checkpoint
+from moe_router.training.checkpoint_files import latest_checkpoint
 
 # how a run is computed and how its sample is drawn may change; what it learns may not
 _FREE = ("cluster.", "serve.", "run.dir")

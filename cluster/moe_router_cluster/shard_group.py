@@ -1,6 +1,7 @@
 """The actors of a run as one group: placed together, formed into one torch.distributed group, and
 formed again under the next generation when some are lost."""
 
+import math
 import os
 import signal
 from collections.abc import Iterable
@@ -26,6 +27,8 @@ from moe_router_cluster.resources import (
 )
 
 _ray: Any = ray  # half of its functions have no types
+BIRTH_S = 180.0  # a busy machine takes long to import torch, and then no ping is answered
+LEAVE_S = 10.0
 PLACE_S = 30.0  # resources were counted before: placing takes milliseconds unless others took them
 
 
@@ -78,8 +81,9 @@ class ShardGroup:
         if not self._placement.wait(PLACE_S if self._local else cluster.timeout_s):
             free = Resources.of(_ray.available_resources())
             raise ClusterError(
-                f"no room for {self.ranks} actors of {bundle}: of the cluster's {self._have}, {free} "
-                "are free; end what else runs there, or lower cluster.actors or cluster.cpus_per_actor"
+                f"no room for {self.ranks} actors of {bundle}: of the cluster's {self._have}, "
+                f"{free} are free; end what else runs there, or lower cluster.actors or "
+                "cluster.cpus_per_actor"
             )
         self._shards = [self._spawn(rank) for rank in range(self.ranks)]
         self._homes = [None] * self.ranks
@@ -95,11 +99,12 @@ class ShardGroup:
             ActorsLost: some rank was lost meanwhile.
         """
         self.generation += 1
-        self._homes = self.ask("home")
+        timeout_s = self._config.cluster.timeout_s
+        births = dict(enumerate(self.submit("home")))
+        self._homes = self._wait(births, silence_s=max(BIRTH_S, timeout_s))
         address = self.ask_first("address", self._local)
         port = self.ask_first("host", address)
         at = (address, port, self.generation)
-        timeout_s = self._config.cluster.timeout_s
         calls = [
             shard.join.remote(*at, rank, self.ranks, timeout_s)
             for rank, shard in enumerate(self._shards)
@@ -114,15 +119,14 @@ class ShardGroup:
 
     def gather(self, refs: list[Any]) -> list[Any]:
         """The answers, rank by rank. Raises as `Waiting.answers`."""
-        return Waiting(self._shards, refs, self._config.cluster.timeout_s).answers()
+        return self._wait(dict(enumerate(refs)))
 
     def ask(self, method: str, *args: Any) -> list[Any]:
         return self.gather(self.submit(method, *args))
 
     def ask_first(self, method: str, *args: Any) -> Any:
         """Ask rank 0 alone."""
-        refs = [getattr(self._shards[0], method).remote(*args)]
-        return Waiting(self._shards[:1], refs, self._config.cluster.timeout_s).answers()[0]
+        return self._wait({0: getattr(self._shards[0], method).remote(*args)})[0]
 
     def replace(self, lost: Iterable[int]) -> None:
         """Put new actors in the place of lost ones, and make the others leave the old generation.
@@ -135,7 +139,9 @@ class ShardGroup:
         for rank in gone:
             self._shards[rank] = self._spawn(rank)
             self._homes[rank] = None
-        self.ask("leave")
+        staying = {r: shard for r, shard in enumerate(self._shards) if r not in gone}
+        # a checkpoint that they were writing with the lost ones may hang
+        self._wait({r: shard.leave.remote() for r, shard in staying.items()}, LEAVE_S)
 
     def kill(self, rank: int) -> None:
         """SIGKILL the process of `rank`, wherever it is, even if it is frozen."""
@@ -159,6 +165,15 @@ class ShardGroup:
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
+
+    def _wait(
+        self,
+        refs: dict[int, Any],
+        patience_s: float = math.inf,
+        silence_s: float | None = None,
+    ) -> list[Any]:
+        silence_s = self._config.cluster.timeout_s if silence_s is None else silence_s
+        return Waiting(self._shards, refs, silence_s, patience_s).answers()
 
     def _spawn(self, rank: int) -> Any:
         return ExpertShardActor.options(

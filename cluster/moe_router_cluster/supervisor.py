@@ -104,7 +104,7 @@ class Supervisor:
         self._group, self._writer, self._view = group, writer, view
         self._interrupts, self._latest = interrupts, latest
         self._kill = kill if kill is not None and kill.step >= step else None
-        self._killed: tuple[int, float] | None = None  # rank, when
+        self._killed: tuple[int, int, float] | None = None  # rank, step, time
         self._step_s = 0.0  # how long one step takes
 
     def run(self) -> bool:
@@ -178,7 +178,7 @@ class Supervisor:
     def _strike(self, rank: int, after_s: float) -> None:
         time.sleep(after_s)  # into the middle of a step
         self._kill = None
-        self._killed = rank, time.monotonic()
+        self._killed = rank, self.progress.step, time.monotonic()
         self._group.kill(rank)
 
     def _evaluate(self) -> None:
@@ -196,9 +196,9 @@ class Supervisor:
         self.progress.saved = self.progress.step
 
     def _recover(self, lost: ActorsLost) -> None:
-        done, began = self.progress, time.monotonic()
-        if self._killed is not None:
-            began = self._killed[1]
+        done = self.progress
+        # a kill counts from the signal: the loss may be noticed a call later
+        victim, at, began = self._killed or (None, done.step, time.monotonic())
         actors: set[int] = set()
         replaced: set[int] = set()
         while True:
@@ -214,8 +214,8 @@ class Supervisor:
         recovery = Recovery(
             actors=sorted(actors),
             replaced=sorted(replaced),
-            killed=self._killed is not None and self._killed[0] in actors,
-            step=done.step,
+            killed=victim in actors,
+            step=at,
             from_step=step,
             seconds=round(time.monotonic() - began, 3),
             generation=self._group.generation,

@@ -18,7 +18,7 @@ from moe_router.config import Config
 from moe_router.errors import ClusterError
 from moe_router.observability.metrics import MetricsWriter
 from moe_router.observability.summary import read_summary
-from moe_router.training.checkpoint import latest_checkpoint
+from moe_router.training.checkpoint_files import latest_checkpoint
 from moe_router.training.data import Dataset, load_dataset
 from moe_router_cluster.faults import Kill
 from moe_router_cluster.finish import finish, near, summarise
@@ -126,7 +126,7 @@ class _Run:
             )
             ended = supervisor.run()
         with suppress(ActorsLost):  # what an actor that dies now held is on disk
-            group.ask("close")
+            group.ask("leave")
         group.close()
         last = latest_checkpoint(path)
         if not ended or last is None:

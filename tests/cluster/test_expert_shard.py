@@ -3,12 +3,11 @@
 import os
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from moe_router.errors import ClusterError, PeerLostError
-from moe_router.training.checkpoint import latest_checkpoint
-from moe_router_cluster.expert_shard import ExpertShard, is_peer_loss
+from moe_router.training.checkpoint_files import latest_checkpoint
+from moe_router_cluster.expert_shard import ExpertShard
 
 
 @pytest.fixture
@@ -21,9 +20,11 @@ def shard(tiny, tmp_path):
 
     yield make
     for one in made:
-        one.close()
+        one.leave()
 
 
+# torch says that there is no process group, which is what one rank wants
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_one_rank_trains_saves_and_comes_back(shard, tmp_path):
     first = shard()
     first.join("127.0.0.1", 0, generation=1, rank=0, ranks=1, timeout_s=5.0)
@@ -50,17 +51,3 @@ def test_a_peer_that_never_comes_is_a_lost_peer(shard):
         alone.join("127.0.0.1", port, generation=1, rank=0, ranks=2, timeout_s=0.5)
     assert "\n" not in str(lost.value)
     assert not dist.is_initialized()
-
-
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
-        (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
-        (RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting"), True),
-        (dist.DistNetworkError("the client socket has timed out"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (torch.OutOfMemoryError("CUDA out of memory"), False),
-    ],
-)
-def test_only_a_failed_connection_is_a_lost_peer(error, lost):
-    assert is_peer_loss(error) is lost
