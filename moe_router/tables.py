@@ -1,7 +1,10 @@
 """What the commands print, as rich tables."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -10,37 +13,47 @@ from moe_router.doctor import Finding, Status
 from moe_router.observability.records import EvalRecord
 
 _STYLE: dict[Status, str] = {"ok": "green", "weak": "yellow", "missing": "bold red"}
-_COLUMNS = ("attention", "router", "experts", "shared", "mlp", "head")
+_SPLIT = {
+    "attention": ("attention",),
+    "router": ("router",),
+    "MLP": ("experts", "shared", "mlp"),
+}
 
 
-def short(number: float) -> str:
-    """1234567 as 1.23M."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+def short(number: float, unit: str = "") -> str:
+    """1234567 as 1.23M; with a unit, as 1.23 Munit."""
+    scales = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    size, letter = next(((s, c) for s, c in scales if number >= s), (1.0, ""))
+    return f"{number / size:.3g}{' ' if unit else ''}{letter}{unit}"
 
 
 def cost_table(cost: Cost, title: str) -> Table:
-    """One row per layer; forward FLOPs per token are split by part."""
-    used = [name for name in _COLUMNS if any(part.name == name for part in cost.parts)]
-    table = Table(title=title, caption="FLOPs: forward, per token, 2 per multiply-add")
-    for name in ("layer", "parameters", "active", "bytes"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
-    for name in (*used, "FLOPs", "every expert"):
-        table.add_column(name, justify="right", style="dim" if name in used else None)
-    for layer in cost.layers:
-        table.add_row(layer, *_sums(cost.of_layer(layer), used))
+    """One row per layer, equal neighbours in one; FLOPs are split by part."""
+    table = Table(
+        title=title,
+        box=box.SIMPLE,
+        pad_edge=False,
+        caption="attention to dense: FLOPs per token, forward, 2 per multiply-add; dense: if every "
+        "expert processed every token; bytes: of fp32 weights; 0-3: each of these layers",
+        caption_justify="left",
+    )
+    for name in ("layer", "params", "active", "bytes", *_SPLIT, "routed", "dense"):
+        justify: Literal["left", "right"] = "left" if name == "layer" else "right"
+        table.add_column(name, justify=justify, style="dim" if name in _SPLIT else None)
+    rows = [(layer, _sums(cost.of_layer(layer))) for layer in cost.layers]
+    for sums, group in groupby(rows, key=lambda row: row[1]):
+        names = [layer for layer, _ in group]
+        table.add_row(names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}", *sums)
     table.add_section()
-    table.add_row("all", *_sums(cost.parts, used), style="bold")
+    table.add_row("total", *_sums(cost.parts), style="bold")
     return table
 
 
-def _sums(parts: Sequence[Part], used: Sequence[str]) -> list[str]:
-    by_name = [sum(p.flops for p in parts if p.name == name) for name in used]
+def _sums(parts: Sequence[Part]) -> list[str]:
+    split = [sum(p.flops for p in parts if p.name in names) for names in _SPLIT.values()]
     held, active = sum(p.parameters for p in parts), sum(p.active for p in parts)
     flops, dense = sum(p.flops for p in parts), sum(p.dense_flops for p in parts)
-    numbers = [held, active, sum(p.bytes for p in parts), *by_name, flops, dense]
+    numbers = [held, active, sum(p.bytes for p in parts), *split, flops, dense]
     return [short(n) if n else "" for n in numbers]
 
 
@@ -50,9 +63,9 @@ def cost_facts(cost: Cost) -> list[str]:
         f"router: {cost.router_parameter_share:.2%} of the parameters, "
         f"{cost.router_flop_share:.2%} of the FLOPs",
         f"routed: {cost.flops / cost.dense_flops:.1%} of the FLOPs that all experts would take",
-        f"one step: {short(cost.tokens_per_step)} tokens, {short(cost.flops_per_step)}FLOP "
-        "forward and backward",
-        f"memory: {short(cost.bytes_per_rank)}B on the fullest rank for weights, gradients and "
+        f"one step: {short(cost.tokens_per_step)} tokens, "
+        f"{short(cost.flops_per_step, 'FLOP')} forward and backward",
+        f"memory: {short(cost.bytes_per_rank, 'B')} on the fullest rank for weights, gradients and "
         "optimizer state",
     ]
     if cost.equal_width:

@@ -149,6 +149,7 @@ def test_cost(run):
     shown = run("cost", "quickstart").stdout
     assert "router: 0.12% of the parameters, 0.38% of the FLOPs" in shown
     assert "a dense SwiGLU of width 512 costs as much" in shown
+    assert " 0-3 " in shown and "…" not in shown  # equal layers are one row; 80 columns are enough
     dense = run("cost", "quickstart", "--set", "model.moe=null").stdout
     assert "router: 0.00% of the parameters" in dense and "SwiGLU of width" not in dense
     assert error_of(run("cost", "quickstrat")).startswith("quickstrat: no such file; did you mean")
