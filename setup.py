@@ -21,8 +21,8 @@ class BuildWithConfigs(build_py):
         return super().get_outputs(include_bytecode) + more
 
     def _configs(self):
-        target = Path(self.build_lib) / "moe_router" / "configs"
-        return {str(path): str(target / path.name) for path in sorted(Path("configs").glob("*.yaml"))}
+        target = Path(self.build_lib, "moe_router", "configs")
+        return {str(path): str(target / path.name) for path in Path("configs").glob("*.yaml")}
 
 
 setup(cmdclass={"build_py": BuildWithConfigs})
