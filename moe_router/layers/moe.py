@@ -77,8 +77,9 @@ class MoE(nn.Module):
         delta_TD = self.dispatcher.combine(y_RD, received)
         if self.shared is not None:
             delta_TD = delta_TD + self.shared(x_TD)
-        shape = x_TD.shape if isinstance(x, Tokens) else x.shape
-        return Routed(delta_TD.view(shape), choice, plan)
+        if not isinstance(x, Tokens):
+            delta_TD = delta_TD.view(x.shape)
+        return Routed(delta_TD, choice, plan)
 
     def aux_loss(self, choice: Choice) -> Tensor:
         """The routing losses times their coefficients: this rank's share of a global sum."""

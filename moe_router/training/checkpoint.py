@@ -96,7 +96,13 @@ class CheckpointWriter:
         self._on_rank_0(run_dir, step, lambda: _fresh_folder(partial))
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
-            save(state, storage_writer=writer, process_group=self._group, no_dist=self.ranks == 1)
+            with _alone():
+                save(
+                    state,
+                    storage_writer=writer,
+                    process_group=self._group,
+                    no_dist=self.ranks == 1,
+                )
         except BaseException:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -68,6 +68,7 @@ def shard_dense(model: CausalLM, ranks: int) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:

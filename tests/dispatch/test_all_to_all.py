@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.gloo import run_ranks
 
 from moe_router.placement import Placement
 from tests.dispatch import work
+from tests.gloo import run_ranks
 
 BASE = {"experts": 6, "top_k": 3, "hidden": 12, "balance_loss": 0.5, "z_loss": 0.1}
 VARIANTS = {
@@ -23,8 +23,9 @@ VARIANTS = {
         (((5, 0, 2, 1), (4, 3)), (0, 3, 20)),  # uneven experts, out of order, uneven tokens
         (((0, 1, 2, 3, 4, 5), ()), (0, 0, 9)),  # a rank without experts, one without tokens
         (((0,), (1, 2), (3,), (4, 5)), (0, 4, 4, 11, 16)),
+        (((0, 1, 2, 3, 4, 5),), (0, 12)),
     ],
-    ids=["even", "uneven", "empty", "four"],
+    ids=["even", "uneven", "empty", "four", "one"],
 )
 def test_equals_local_forward_and_backward(name, placement, bounds):
     variant = BASE | VARIANTS[name]
