@@ -1,7 +1,5 @@
 """The transformer block: attention, then a dense or a routed feed-forward layer."""
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
@@ -49,18 +47,21 @@ class Block(nn.Module):
 
     def forward(
         self,
-        tokens: Tokens,
+        x_TD: Tensor,
+        position_T: Tensor,
         turn: Turn,
         packing: Packing,
         context: Context,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routed | None]:
-        """The next x_TD, and what the routed layer did if there is one."""
-        x_TD = tokens.x_TD
+        """The next x_TD, and what the routed layer did if there is one.
+
+        x_TD is an argument of its own, not a field of Tokens, so that FSDP2 finds its gradient.
+        """
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), turn, packing, cache)
         normed_TD = self.mlp_norm(x_TD)
         if self.moe is None:
             assert self.mlp is not None
             return x_TD + self.mlp(normed_TD), None
-        routed: Routed = self.moe(replace(tokens, x_TD=normed_TD), context)
+        routed: Routed = self.moe(Tokens(normed_TD, position_T, packing.offsets_B1), context)
         return x_TD + routed.delta_TD, routed

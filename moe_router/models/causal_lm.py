@@ -16,7 +16,7 @@ from moe_router.models.packing import Packing
 from moe_router.models.rope import turn_at
 from moe_router.placement import Placement
 from moe_router.routing import Context, PlanMemory
-from moe_router.types import Routed, Tokens
+from moe_router.types import Routed
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class CausalLM(nn.Module):
         context = context or Context()
         packing = Packing(offsets_B1, ids_T.device)
         turn = turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
-        tokens = Tokens(self.embed(ids_T), position_T, packing.offsets_B1)
+        x_TD = self.embed(ids_T)
         # a cache would be written twice
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         routed: list[Routed | None] = []
@@ -89,16 +89,15 @@ class CausalLM(nn.Module):
             if recompute:
                 # one memory a block: the second run takes the decisions of the first
                 remembering = replace(context, memory=PlanMemory())
-                arguments = (block, tokens, turn, packing, remembering)
+                arguments = (block, x_TD, position_T, turn, packing, remembering)
                 x_TD, layer_routed = checkpoint(
                     *arguments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 layer_cache = None if cache is None else cache.layers[i]
-                x_TD, layer_routed = block(tokens, turn, packing, context, layer_cache)
-            tokens = replace(tokens, x_TD=x_TD)
+                x_TD, layer_routed = block(x_TD, position_T, turn, packing, context, layer_cache)
             routed.append(layer_routed)
-        return LMOutput(self._logits(tokens.x_TD), tuple(routed))
+        return LMOutput(self._logits(x_TD), tuple(routed))
 
     def aux_loss(self, output: LMOutput) -> Tensor:
         """The routing losses of all layers times their coefficients: this rank's share."""

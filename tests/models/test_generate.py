@@ -107,6 +107,7 @@ def test_impossible_prompts_are_refused(prompt, message):
 
 @pytest.mark.gpu
 def test_generation_in_bf16_on_cuda_runs_through_both_kernels():
-    model = small_model({}, dim=64).to("cuda", torch.bfloat16)
-    texts = generate(model, PROMPTS, GREEDY)
+    model = small_model({}, dim=64).to("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        texts = generate(model, PROMPTS, GREEDY)
     assert [len(text) for text in texts] == [6] * 4
