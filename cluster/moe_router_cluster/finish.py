@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,22 +37,14 @@ def write_sample(config: Config, run_dir: Path, step_dir: Path, device: str) -> 
         The text, prompt included; None for a model that is not causal and cannot generate.
     """
     model, _, tokenizer = load_for_inference(step_dir, device)
-    serve = config.serve
-    sampling = Sampling(
-        max_new_tokens=serve.max_new_tokens,
-        temperature=serve.temperature,
-        top_k=serve.top_k,
-        top_p=serve.top_p,
-        seed=config.run.seed,
-    )
     # a document starts with its separator: without it the prompt would look like a torn-off text
-    prompt = [tokenizer.document_id, *tokenizer.encode(serve.prompt)]
+    prompt = [tokenizer.document_id, *tokenizer.encode(config.serve.prompt)]
     recorder = Recorder(run_dir / "routing" / "sample.safetensors")
     try:
         made = generate(
             model,
             [prompt],
-            sampling,
+            _sampling(config),
             stop_id=tokenizer.document_id,
             context=Context(observe=recorder),
         )[0]
@@ -61,13 +55,24 @@ def write_sample(config: Config, run_dir: Path, step_dir: Path, device: str) -> 
     recorder.save()
     spoken = ids[1:]
     sample = {
-        "prompt": serve.prompt,
+        "prompt": config.serve.prompt,
         "text": tokenizer.decode(spoken),
         "token_ids": spoken,
         "token_text": [tokenizer.decode([token]) for token in spoken],
     }
     write_atomic(run_dir / "sample.json", json.dumps(sample, indent=1).encode())
     return str(sample["text"])
+
+
+def _sampling(config: Config) -> Sampling:
+    serve = config.serve
+    return Sampling(
+        max_new_tokens=serve.max_new_tokens,
+        temperature=serve.temperature,
+        top_k=serve.top_k,
+        top_p=serve.top_p,
+        seed=config.run.seed,
+    )
 
 
 def summarise(config: Config, progress: Progress, *, seconds: float, device: str) -> dict[str, Any]:
@@ -101,11 +106,27 @@ def summarise(config: Config, progress: Progress, *, seconds: float, device: str
 
 
 def finish(
-    config: Config, run_dir: Path, step_dir: Path, summary: dict[str, Any], console: Console
+    config: Config,
+    run_dir: Path,
+    step_dir: Path,
+    progress: Progress,
+    console: Console,
+    *,
+    began: float,
+    device: str,
 ) -> None:
-    """Write sample, summary and report, and show the end of the run on one screen."""
-    device = "cuda" if summary["device"] != "cpu" and torch.cuda.is_available() else "cpu"
-    text = write_sample(config, run_dir, step_dir, device)
+    """Write sample, summary and report, and show the end of the run on one screen.
+
+    Args:
+        step_dir: the last checkpoint.
+        began: time.monotonic() at the start of this process's part.
+        device: of the actors.
+    """
+    here = device if torch.cuda.is_available() else "cpu"
+    with _one_thread():
+        text = write_sample(config, run_dir, step_dir, here)
+    seconds = time.monotonic() - began
+    summary = summarise(config, progress, seconds=seconds, device=here)
     write_summary(run_dir, **summary)
     report = write_report(run_dir)
     if text is None:
@@ -113,6 +134,18 @@ def finish(
     else:
         _show(console, config.serve.prompt, text)
     console.print(_table(summary, step_dir, report))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One token at a time is too little work for threads: on busy cores they wait for each other
+    ten times longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _show(console: Console, prompt: str, text: str) -> None:

@@ -21,13 +21,13 @@ from moe_router.observability.summary import read_summary
 from moe_router.training.checkpoint_files import latest_checkpoint
 from moe_router.training.data import Dataset, load_dataset
 from moe_router_cluster.faults import Kill
-from moe_router_cluster.finish import finish, near, summarise
+from moe_router_cluster.finish import finish, near
 from moe_router_cluster.interrupts import Interrupts
 from moe_router_cluster.lost import ActorsLost
 from moe_router_cluster.progress import View
 from moe_router_cluster.run_folder import RunFolder, open_run
 from moe_router_cluster.session import prepare_environment, ray_session
-from moe_router_cluster.supervisor import Supervisor
+from moe_router_cluster.supervisor import Progress, Supervisor
 
 if TYPE_CHECKING:
     from moe_router_cluster.shard_group import ShardGroup  # imports Ray
@@ -101,16 +101,29 @@ class _Run:
             group.close()
 
     def _drive(self, group: "ShardGroup", per_token: float) -> bool:
-        config, path = self.config, self.folder.path
-        actors = config.cluster.actors
+        path, actors = self.folder.path, self.config.cluster.actors
         step = group.start(self.folder.checkpoint)
         self._say(
             f"{actors} actor{'s' * (actors > 1)} on {group.device}, ready after "
             f"{time.monotonic() - self.began:.1f} s"
         )
-        view = View(
-            self.console, steps=config.train.steps, bytes_per_token=per_token, actors=actors
-        )
+        ended, progress = self._supervise(group, step, per_token)
+        with suppress(ActorsLost):  # what an actor that dies now held is on disk
+            group.ask("leave")
+        group.close()
+        last = latest_checkpoint(path)
+        if not ended or last is None:
+            saved = "nothing was saved yet" if last is None else f"{near(last)} is written"
+            self._say(f"stopped: {saved}; the same command goes on")
+            return False
+        device, began = group.device, self.began
+        finish(self.config, path, last, progress, self.console, began=began, device=device)
+        return True
+
+    def _supervise(self, group: "ShardGroup", step: int, per_token: float) -> tuple[bool, Progress]:
+        config, path = self.config, self.folder.path
+        steps, actors = config.train.steps, config.cluster.actors
+        view = View(self.console, steps=steps, bytes_per_token=per_token, actors=actors)
         with MetricsWriter(path, config.run, resume_from=step) as writer, view:
             if step:
                 view.say(f"going on from step {step} of {near(path)}")
@@ -124,19 +137,7 @@ class _Run:
                 latest=partial(latest_checkpoint, path),
                 kill=self.kill,
             )
-            ended = supervisor.run()
-        with suppress(ActorsLost):  # what an actor that dies now held is on disk
-            group.ask("leave")
-        group.close()
-        last = latest_checkpoint(path)
-        if not ended or last is None:
-            saved = "nothing was saved yet" if last is None else f"{near(last)} is written"
-            self._say(f"stopped: {saved}; the same command goes on")
-            return False
-        seconds = time.monotonic() - self.began
-        summary = summarise(config, supervisor.progress, seconds=seconds, device=group.device)
-        finish(config, path, last, summary, self.console)
-        return True
+            return supervisor.run(), supervisor.progress
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
