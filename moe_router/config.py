@@ -8,6 +8,8 @@ from typing import Literal
 
 from moe_router.errors import ConfigError
 
+Kernels = Literal["auto", "reference"]  # reference: the specification, plain torch
+
 
 def require(holds: bool, key: str, got: object, want: str) -> None:
     """Refuse a value in one line: which key, what it is, what it must be."""
@@ -239,7 +241,7 @@ class Config:
     model: ModelConfig
     train: TrainConfig
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Kernels = "auto"
     serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that live as long as the test session and form gloo groups.
+"""Real ranks for tests: processes that live as long as the test session and form groups.
 
     run_ranks(2, work.function, arg)      # function(rank, ranks, arg) on each, results by rank
 
@@ -26,13 +26,19 @@ _store: dist.TCPStore | None = None
 _generation = 0
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Run `function(rank, ranks, *args)` on `ranks` processes; re-raises the first error."""
+def run_ranks(
+    ranks: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+) -> list[Any]:
+    """Run `function(rank, ranks, *args)` on `ranks` processes; re-raises the first error.
+
+    With backend "nccl" rank r owns GPU r, and CPU tensors still go through gloo.
+    """
     global _generation
     _generation += 1
     port = _ready(ranks)
     for rank in range(ranks):
-        call = (rank, ranks, port, _generation, function.__module__, function.__name__, args)
+        where = (rank, ranks, port, _generation, backend)
+        call = (where, function.__module__, function.__name__, args)
         _workers[rank][1].send(call)
     answers = [_answer(rank) for rank in range(ranks)]
     for rank, (error, result) in enumerate(answers):
@@ -85,12 +91,12 @@ def _serve(pipe: Connection, path: list[str]) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            rank, ranks, port, generation, module, name, args = pipe.recv()
+            where, module, name, args = pipe.recv()
         except EOFError:
             return
         try:
-            _join(rank, ranks, port, generation)
-            result = getattr(importlib.import_module(module), name)(rank, ranks, *args)
+            _join(*where)
+            result = getattr(importlib.import_module(module), name)(*where[:2], *args)
             pipe.send((None, result))
         except Exception as error:  # whatever it is, the test must see it
             pipe.send((traceback.format_exc(), error))
@@ -99,12 +105,15 @@ def _serve(pipe: Connection, path: list[str]) -> None:
                 dist.destroy_process_group()
 
 
-def _join(rank: int, ranks: int, port: int, generation: int) -> None:
+def _join(rank: int, ranks: int, port: int, generation: int, backend: str) -> None:
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     dist.init_process_group(
-        "gloo",
+        "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
         store=dist.PrefixStore(f"run{generation}", store),
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=TIMEOUT_S),
+        device_id=None if backend == "gloo" else torch.device("cuda", rank),
     )

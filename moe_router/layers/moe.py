@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moe_router.config import MoEConfig
+from moe_router.config import Kernels, MoEConfig
 from moe_router.dispatch import Dispatcher, Local
 from moe_router.errors import ConfigError
 from moe_router.layers.experts import Experts
@@ -24,6 +24,7 @@ class MoE(nn.Module):
         layer: index in the model: names the noise and the observed choices.
         dispatcher: how tokens reach experts on other ranks; default: all experts are here.
         placement: which rank holds which expert; default: neighbours together.
+        kernels: `auto` is the fastest that runs here, `reference` the specification.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class MoE(nn.Module):
         layer: int = 0,
         dispatcher: Dispatcher | None = None,
         placement: Placement | None = None,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         self.config = config
@@ -49,7 +51,7 @@ class MoE(nn.Module):
             )
         self.router = Router(dim, config, layer=layer)
         held = len(self.placement.experts_of_rank[self.dispatcher.rank])
-        self.experts = Experts(held, dim, config.hidden)
+        self.experts = Experts(held, dim, config.hidden, kernels)
         self.shared = SwiGLU(dim, config.shared_hidden) if config.shared_hidden else None
         self.causal = config.policy != "expert_choice"
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from moe_router.config import ModelConfig
+from moe_router.config import Kernels, ModelConfig
 from moe_router.dispatch import Dispatcher
 from moe_router.layers.moe import MoE
 from moe_router.layers.swiglu import SwiGLU
@@ -22,7 +22,7 @@ class Block(nn.Module):
     Args:
         config: of the model.
         layer: index of the block; decides whether it is routed, and names its noise.
-        dispatcher, placement: of the experts; see `MoE`.
+        dispatcher, placement, kernels: of the experts; see `MoE`.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Block(nn.Module):
         layer: int,
         dispatcher: Dispatcher | None = None,
         placement: Placement | None = None,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -40,7 +41,12 @@ class Block(nn.Module):
         self.moe: MoE | None = None
         if config.moe is not None and config.is_moe(layer):
             self.moe = MoE(
-                config.dim, config.moe, layer=layer, dispatcher=dispatcher, placement=placement
+                config.dim,
+                config.moe,
+                layer=layer,
+                dispatcher=dispatcher,
+                placement=placement,
+                kernels=kernels,
             )
         else:
             self.mlp = SwiGLU(config.dim, config.hidden)

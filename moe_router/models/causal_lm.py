@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_router.config import ModelConfig
+from moe_router.config import Kernels, ModelConfig
 from moe_router.dispatch import Dispatcher
 from moe_router.models.block import Block
 from moe_router.models.kv_cache import KVCache
@@ -34,7 +34,7 @@ class CausalLM(nn.Module):
     """Args:
     config: sizes, and which blocks are routed.
     vocab: number of token ids V.
-    dispatcher, placement: how tokens reach experts on other ranks; see `MoE`.
+    dispatcher, placement, kernels: how tokens reach experts, and what computes them; see `MoE`.
     activation_checkpointing: keep only each block's input and routing decisions for the
         backward pass; the rest is computed again.
     """
@@ -46,6 +46,7 @@ class CausalLM(nn.Module):
         *,
         dispatcher: Dispatcher | None = None,
         placement: Placement | None = None,
+        kernels: Kernels = "auto",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -53,7 +54,8 @@ class CausalLM(nn.Module):
         self.vocab = vocab
         self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Embedding(vocab, config.dim)
-        blocks = [Block(config, i, dispatcher, placement) for i in range(config.layers)]
+        experts = (dispatcher, placement, kernels)
+        blocks = [Block(config, i, *experts) for i in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         tied = config.tie_embeddings

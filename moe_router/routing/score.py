@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_router.config import RouterConfig
+from moe_router_kernels import reference
 
 
 class LinearScore(nn.Module):
@@ -15,7 +16,7 @@ class LinearScore(nn.Module):
         self.weight = nn.Parameter(torch.randn(groups, dim) * dim**-0.5)
 
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight)
+        return F.linear(x_TD, reference.wide(self.weight))
 
 
 class MLPScore(nn.Module):
@@ -27,7 +28,8 @@ class MLPScore(nn.Module):
         self.weight = nn.Parameter(torch.randn(groups, hidden) * hidden**-0.5)
 
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
-        return F.linear(F.gelu(self.up(x_TD)), self.weight)
+        hidden_TH = F.linear(x_TD, reference.wide(self.up.weight), reference.wide(self.up.bias))
+        return F.linear(F.gelu(hidden_TH), reference.wide(self.weight))
 
 
 class PositionScore(nn.Module):
@@ -41,7 +43,9 @@ class PositionScore(nn.Module):
         features = self.weight.size(1) // 2
         octave_F = torch.arange(features, device=x_TD.device, dtype=x_TD.dtype) / features
         angle_TF = position_T[:, None] * 10000.0**-octave_F
-        return F.linear(torch.cat([angle_TF.sin(), angle_TF.cos()], -1), self.weight)
+        return F.linear(
+            torch.cat([angle_TF.sin(), angle_TF.cos()], -1), reference.wide(self.weight)
+        )
 
 
 def make_score(dim: int, config: RouterConfig) -> LinearScore | MLPScore | PositionScore:

@@ -26,6 +26,6 @@ def load_for_inference(
     about = read_about(step_dir)
     config = config_from_dict(about["config"], str(step_dir / "state.json"))
     tokenizer = load_tokenizer(config.data.tokenizer)
-    model = CausalLM(config.model, tokenizer.vocab).to(device).eval()
+    model = CausalLM(config.model, tokenizer.vocab, kernels=config.kernels).to(device).eval()
     restore(step_dir, named_weights(model), rank=1, ranks=1)
     return model, config, tokenizer

@@ -4,6 +4,7 @@ Every rank runs the same code on its rows of the batch. The loss is a global sum
 token count, so W ranks follow the curve of one.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +69,15 @@ class Trainer:
         self._run_dir = run_dir
         if self.device.type == "cuda":
             # bitwise repeatable steps; unwritten memory is never read, so it needs no filling
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         dispatcher: Dispatcher = AllToAll() if ranks > 1 else Local()
         self.model = CausalLM(
             config.model,
             self.dataset.tokenizer.vocab,
             dispatcher=dispatcher,
+            kernels=config.kernels,
             activation_checkpointing=config.train.activation_checkpointing,
         )
         init_parameters(self.model, config.run.seed)

@@ -133,6 +133,22 @@ def test_bf16_keeps_the_router_in_fp32():
     torch.testing.assert_close(low.delta_TD.float(), exact.delta_TD, rtol=3e-2, atol=3e-2)
 
 
+def test_a_bf16_module_needs_no_autocast_and_its_router_is_fp32():
+    moe = MoE(16, MoEConfig(experts=8, top_k=2, hidden=16, router="mlp")).bfloat16()
+    routed = moe(torch.randn(12, 16).bfloat16())
+    assert routed.delta_TD.dtype == torch.bfloat16
+    assert routed.choice.weight_TK.dtype == torch.float32
+
+
+def test_reference_kernels_give_the_same_layer():
+    torch.manual_seed(0)
+    config = MoEConfig(experts=8, top_k=2, hidden=16)
+    fast, slow = MoE(16, config), MoE(16, config, kernels="reference")
+    slow.load_state_dict(fast.state_dict())
+    x = torch.randn(30, 16)
+    torch.testing.assert_close(fast(x).delta_TD, slow(x).delta_TD)
+
+
 def test_a_placement_of_other_experts_is_refused():
     config = MoEConfig(experts=8, top_k=2, hidden=6)
     with pytest.raises(ConfigError, match="placement of 4 experts on 1 ranks: want 8 on 1"):

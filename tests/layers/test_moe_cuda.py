@@ -70,10 +70,11 @@ def test_repeats_bit_by_bit(name):
 
 
 def test_the_router_never_waits_for_the_device():
-    """No host synchronisation from scores to combine on the local path."""
+    """No host synchronisation from scores to combine on the local path, in bf16: torch's fp32
+    grouped_mm loops over the groups on the host."""
     torch.manual_seed(0)
-    moe = MoE(64, MoEConfig(experts=8, top_k=2, hidden=96)).cuda()
-    x = torch.randn(4, 50, 64, device="cuda", requires_grad=True)
+    moe = MoE(64, MoEConfig(experts=8, top_k=2, hidden=96)).cuda().bfloat16()
+    x = torch.randn(4, 50, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     moe(x).delta_TD.sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -30,12 +30,13 @@ def copies(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The whole state of a trainer, by global name, on the host."""
     state = named_state(trainer.model, trainer._optimizer)
     full = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
-    return {name: tensor.clone() for name, tensor in full.items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in full.items()}
 
 
-def curve(rank, ranks, config, steps):
+def curve(rank, ranks, config, steps, device="cpu"):
     """Train from the seed: the records, the evaluation, the state."""
-    trainer = Trainer(config, rank=rank, ranks=ranks)
+    device = f"cuda:{rank}" if device == "cuda" else device
+    trainer = Trainer(config, rank=rank, ranks=ranks, device=device)
     records = [trainer.train_step() for _ in range(steps)]
     return records, trainer.evaluate(), copies(trainer)
 

@@ -41,10 +41,10 @@ class Batch:
     tokens: int
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        tensors = (self.ids_T, self.target_T, self.position_T, self.offsets_B1)
-        ids_T, target_T, position_T, offsets_B1 = (x.to(device, non_blocking=True) for x in tensors)
-        return Batch(ids_T, target_T, position_T, offsets_B1, self.first_token, self.tokens)
+        """The same batch on a device; the offsets stay, the model reads them on the host."""
+        tensors = (self.ids_T, self.target_T, self.position_T)
+        ids_T, target_T, position_T = (x.to(device, non_blocking=True) for x in tensors)
+        return Batch(ids_T, target_T, position_T, self.offsets_B1, self.first_token, self.tokens)
 
 
 def train_batch(
