@@ -18,7 +18,6 @@ FREE := torch$(if $(filter $(TORCH),$(TESTED_TORCH)),,|triton)
 # the CPU build is a tenth of the size of the CUDA build; off Linux the plain one is a CPU build
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 CPU_ONLY := $(if $(GPU),,$(filter Linux,$(shell uname -s)))
-CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # -qq leaves errors
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
@@ -71,8 +70,9 @@ venv:
 	@sed -E 's/^($(FREE))==.*//; $$ a torch==$(TORCH)' constraints.txt > $(CONSTRAINTS)
 	@$(call timed,torch $(TORCH)$(if $(CPU_ONLY),+cpu),$(if $(CPU_ONLY),$(CPU_TORCH),$(PIP) -c $(CONSTRAINTS) torch))
 
-# a configured index or wheel folder may have the CPU build; PyPI does not
-CPU_TORCH = { $(PIP) -c $(CONSTRAINTS) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) -c $(CONSTRAINTS) --extra-index-url $(CPU_INDEX) torch==$(TORCH)+cpu; }
+# PyPI has no CPU build of its own: a configured index or wheel folder may have one
+NO_CPU_BUILD := no CPU build of torch on your indexes, taking the larger one; for a small one set PIP_EXTRA_INDEX_URL to the CPU index of PyTorch
+CPU_TORCH = { $(PIP) -c $(CONSTRAINTS) torch==$(TORCH)+cpu 2>/dev/null || { echo '$(NO_CPU_BUILD)'; $(PIP) -c $(CONSTRAINTS) torch; }; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
