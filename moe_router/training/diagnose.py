@@ -1,69 +1,81 @@
-"""After a NaN: which layer or gradient was the first that is not finite."""
+"""After a NaN: which weight, layer or gradient was the first that is not finite."""
+
+from collections.abc import Callable
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
-def first_bad_gradient(model: nn.Module, ranks: int) -> str | None:
-    """The first parameter, in the model's order, whose gradient is not finite on some rank."""
-    named = [(name, p.grad) for name, p in model.named_parameters()]
-    bad = [i for i, (_, grad) in enumerate(named) if grad is not None and not _finite(grad)]
-    return _first([name for name, _ in named], bad, ranks)
+def first_cause(model: nn.Module, ranks: int, forward_again: Callable[[], None]) -> str:
+    """The first cause, the same on every rank; all of them must ask.
 
-
-def first_bad_weight(model: nn.Module, ranks: int) -> str | None:
-    """The first parameter that is not finite itself."""
-    named = list(model.named_parameters())
-    bad = [i for i, (_, parameter) in enumerate(named) if not _finite(parameter)]
-    return _first([name for name, _ in named], bad, ranks)
-
-
-class BadActivation:
-    """Watches one forward pass for the first module whose output is not finite.
-
-    with BadActivation(model) as watch: model(...)
+    Args:
+        model: as the backward pass left it, gradients and all.
+        forward_again: repeats the forward passes of the step, without gradient.
     """
+    named = list(model.named_parameters())
+    names = [name for name, _ in named]
+    weight = _least([i for i, (_, p) in enumerate(named) if not _finite(p)], len(named), ranks)
+    if weight < len(named):
+        return f"weight {names[weight]}"
+    with torch.no_grad(), _Watch(model) as watch:
+        forward_again()
+    module = _least(watch.bad[:1], len(watch.names), ranks)
+    if module < len(watch.names):
+        return f"output of {watch.names[module] or 'the model'}"
+    # the last of the model is the first in backward; what lies before it caught it from there
+    backward = [(n, p.grad) for n, p in reversed(named)]
+    bad = [i for i, (_, grad) in enumerate(backward) if grad is not None and not _finite(grad)]
+    gradient = _least(bad, len(backward), ranks)
+    return f"gradient of {backward[gradient][0]}" if gradient < len(backward) else "loss"
+
+
+class _Watch:
+    """Notes the modules whose output is not finite, in the order in which they ran."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = [name for name, _ in model.named_modules()]
-        self._modules = dict(model.named_modules())
-        self._bad: list[int] = []
+        named = list(model.named_modules())
+        self.names = [name for name, _ in named]
+        self.bad: list[int] = []
+        self._modules = [module for _, module in named]
 
-    def __enter__(self) -> "BadActivation":
+    def __enter__(self) -> "_Watch":
         self._handles = [
-            self._modules[name].register_forward_hook(self._hook(i))
-            for i, name in enumerate(self._names)
-            if not list(self._modules[name].children())
+            module.register_forward_hook(self._hook(i)) for i, module in enumerate(self._modules)
         ]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, index: int):  # type: ignore[no-untyped-def]
+    def _hook(self, index: int) -> Callable[[nn.Module, object, object], None]:
         def look(_module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not _finite(output):
-                self._bad.append(index)
+            value = getattr(output, "logits_TV", output)
+            if isinstance(value, Tensor) and value.is_floating_point() and not _finite(value):
+                self.bad.append(index)
 
         return look
 
-    def first(self, ranks: int) -> str | None:
-        """The module's name, agreed by all ranks."""
-        return _first(self._names, self._bad[:1], ranks)
-
 
 def _finite(x: Tensor) -> bool:
-    local = x.to_local() if hasattr(x, "to_local") else x
+    local = x.to_local() if isinstance(x, DTensor) else x
     return bool(local.isfinite().all())
 
 
-def _first(names: list[str], bad: list[int], ranks: int) -> str | None:
-    """names[min(bad)] over all ranks."""
-    index = torch.tensor(min(bad, default=len(names)))
+def _least(found: list[int], none: int, ranks: int) -> int:
+    """The least index that any rank found, `none` if no rank did."""
+    index = torch.tensor(min(found, default=none))
     if ranks > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        index = index.to(device)
+        if dist.get_backend() == "nccl":
+            index = index.cuda()
         dist.all_reduce(index, dist.ReduceOp.MIN)
-    return names[int(index)] if int(index) < len(names) else None
+    return int(index)

@@ -7,7 +7,8 @@ import torch
 from moe_router.config import Config
 from moe_router.config_file import config_from_dict
 from moe_router.models import CausalLM
-from moe_router.training.checkpoint import read_about, restore
+from moe_router.training.checkpoint_files import STATE, read_about
+from moe_router.training.checkpoint_tensors import read_tensors
 from moe_router.training.data import Tokenizer, load_tokenizer
 from moe_router.training.state import named_weights
 
@@ -15,17 +16,18 @@ from moe_router.training.state import named_weights
 def load_for_inference(
     step_dir: Path, device: torch.device | str = "cpu"
 ) -> tuple[CausalLM, Config, Tokenizer]:
-    """Read weights alone, all experts here.
+    """Read the weights alone, all experts here.
 
     Returns:
         The model in eval mode, the config of its run, and its tokenizer.
 
     Raises:
-        CheckpointError: not a whole checkpoint.
+        CheckpointError: damaged, foreign, or not what its own config describes.
+        DataError: the tokenizer's file is gone.
     """
     about = read_about(step_dir)
-    config = config_from_dict(about["config"], str(step_dir / "state.json"))
+    config = config_from_dict(about["config"], str(step_dir / STATE))
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = CausalLM(config.model, tokenizer.vocab, kernels=config.kernels).to(device).eval()
-    restore(step_dir, named_weights(model), rank=1, ranks=1)
+    read_tensors(step_dir, named_weights(model))
     return model, config, tokenizer

@@ -4,7 +4,7 @@ Every rank runs the same code on its rows of the batch. The loss is a global sum
 token count, so W ranks follow the curve of one.
 """
 
-import os
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +12,25 @@ from pathlib import Path
 import torch
 
 from moe_router.config import Config
-from moe_router.dispatch import AllToAll, Dispatcher, Local
 from moe_router.errors import NonFiniteError
-from moe_router.models import CausalLM, LMOutput, init_parameters
-from moe_router.models.causal_lm import token_loss
+from moe_router.models import LMOutput, token_loss
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.observability.trace import Recorder
 from moe_router.routing import Context
-from moe_router.training.checkpoint import CheckpointWriter, restore
+from moe_router.training.build import build_model, repeat_bitwise
+from moe_router.training.checkpoint import CheckpointWriter, read_checkpoint
+from moe_router.training.checkpoint_files import drop_leftovers
 from moe_router.training.data import Batch, Dataset, load_dataset, train_batch
-from moe_router.training.diagnose import BadActivation, first_bad_gradient, first_bad_weight
+from moe_router.training.diagnose import first_cause
 from moe_router.training.evaluate import evaluate
-from moe_router.training.optimizer import (
-    clip_by_global_norm,
-    learning_rate,
-    make_optimizer,
-    set_step,
+from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step, square_sum
+from moe_router.training.parallel import (
+    Ownership,
+    local_gradients,
+    moe_layers,
+    sum_gradients,
 )
-from moe_router.training.parallel import Ownership, moe_layers, shard_dense, sum_gradients
+from moe_router.training.peers import peers_may_be_lost
 from moe_router.training.state import named_state
 from moe_router.training.tally import StepTotals, Tally
 from moe_router.types import NoiseKey
@@ -37,10 +38,10 @@ from moe_router.types import NoiseKey
 
 @dataclass(frozen=True, slots=True)
 class _Micro:
-    """One micro-step's batch on the device, and what its forward pass carries."""
+    """One micro-step's batch on the device, and what names its noise."""
 
     batch: Batch
-    context: Context
+    key: NoiseKey
 
 
 class Trainer:
@@ -67,61 +68,88 @@ class Trainer:
         self.dataset = dataset or load_dataset(config.data)
         self.step = 0
         self._run_dir = run_dir
-        if self.device.type == "cuda":
-            # bitwise repeatable steps; unwritten memory is never read, so it needs no filling
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        dispatcher: Dispatcher = AllToAll() if ranks > 1 else Local()
-        self.model = CausalLM(
-            config.model,
-            self.dataset.tokenizer.vocab,
-            dispatcher=dispatcher,
-            kernels=config.kernels,
-            activation_checkpointing=config.train.activation_checkpointing,
-        )
-        init_parameters(self.model, config.run.seed)
-        self.model.to(self.device)
-        if config.train.dense == "fsdp" and ranks > 1:
-            shard_dense(self.model, ranks)
+        repeat_bitwise(self.device)
+        with peers_may_be_lost(f"rank {rank}, setting up"):
+            self.model = build_model(
+                config, self.dataset.tokenizer.vocab, ranks=ranks, device=self.device
+            )
+            self._writer = CheckpointWriter(rank, ranks, config)
         self._optimizer = make_optimizer(self.model, config.train)
         self._owned = Ownership.of(self.model)
         self._moes = moe_layers(self.model)
-        self._writer = CheckpointWriter(rank, ranks, config)
 
     def train_step(self) -> StepRecord:
         """Take the next optimizer step.
 
         Returns:
-            The record, identical on all ranks.
+            The record, equal on all ranks but for `seconds`.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite; the weights are unchanged.
+            PeerLostError: another rank is gone; the weights are unchanged.
         """
+        with peers_may_be_lost(f"rank {self.rank}, step {self.step + 1}"):
+            return self._train_step()
+
+    def evaluate(self) -> EvalRecord:
+        """Held-out quality, equal on all ranks. Raises PeerLostError."""
+        with peers_may_be_lost(f"rank {self.rank}, evaluation at step {self.step}"):
+            return evaluate(
+                self.model, self.dataset, self.config, self.step, self.rank, self.ranks, self.device
+            )
+
+    def save(self, run_dir: Path, *, wait: bool = False) -> None:
+        """Write run_dir/step_N in the background; on all ranks.
+
+        Args:
+            wait: return only when it is in place.
+
+        Raises:
+            CheckpointError: this write (wait) or the one before it failed.
+            PeerLostError: another rank went while it, or the one before, was written.
+        """
+        state = named_state(self.model, self._optimizer)
+        self._writer.save(run_dir, self.step, state, wait=wait)
+
+    def restore(self, step_dir: Path) -> None:
+        """Go on from a checkpoint, whatever number of ranks wrote it.
+
+        Raises:
+            CheckpointError: damaged, foreign, or of another model.
+        """
+        self._writer.wait()
+        about = read_checkpoint(step_dir, named_state(self.model, self._optimizer))
+        self.step = about["step"]
+        set_step(self._optimizer, self.step)
+        if self.rank == 0:
+            drop_leftovers(step_dir.parent)
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written. Raises what `save` would."""
+        self._writer.wait()
+
+    def _train_step(self) -> StepRecord:
         began = time.perf_counter()
-        train = self.config.train
         self.model.train()
         experts = self.config.model.moe.experts if self.config.model.moe else 0
-        tally = Tally(len(self._moes), experts, train.accumulation, self.device)
-        micros = [self._micro(micro, tally) for micro in range(train.accumulation)]
+        micros = [self._micro(i) for i in range(self.config.train.accumulation)]
+        tally = Tally(len(self._moes), experts, len(micros), self.device)
+        recorder = self._recorder()
         for micro in micros:
-            self._forward_backward(micro, tally)
-        if self.ranks > 1:
-            sum_gradients(self._owned.replicated)
-        norm = clip_by_global_norm(
-            self._owned.sharded, self._owned.replicated, train.clip_norm, self.ranks
-        )
-        totals = tally.total(self.ranks)
+            self._forward_backward(micro, tally, recorder)
+        totals = self._sum_over_ranks(tally)
         tokens = sum(micro.batch.tokens for micro in micros)
-        loss, norm_value = totals.cross_entropy / tokens, float(norm)
-        if not (torch.isfinite(torch.tensor([loss, norm_value])).all()):
-            self._explain_non_finite(micros, loss, norm_value)
+        loss = totals.cross_entropy / tokens
+        if not (math.isfinite(loss) and math.isfinite(totals.grad_norm)):
+            self._refuse(micros, loss, totals.grad_norm)
         lr = self._commit(totals)
+        if recorder is not None:
+            recorder.save()
         return StepRecord(
             step=self.step,
             loss=loss,
             losses=totals.losses,
-            grad_norm=norm_value,
+            grad_norm=totals.grad_norm,
             lr=lr,
             tokens=tokens,
             seconds=time.perf_counter() - began,
@@ -132,79 +160,58 @@ class Trainer:
             dense_flops=totals.dense_flops,
         )
 
-    def evaluate(self) -> EvalRecord:
-        """Held-out quality, identical on all ranks."""
-        return evaluate(
-            self.model, self.dataset, self.config, self.step, self.rank, self.ranks, self.device
-        )
-
-    def save(self, run_dir: Path, *, wait: bool = False) -> None:
-        """Write run_dir/step_N in the background; on all ranks.
-
-        Args:
-            wait: return only when it is in place.
-
-        Raises:
-            CheckpointError: this write (wait) or the one before it failed.
-        """
-        state = named_state(self.model, self._optimizer)
-        self._writer.save(run_dir, self.step, state, wait=wait)
-
-    def restore(self, step_dir: Path) -> None:
-        """Go on from a checkpoint, whatever number of ranks wrote it.
-
-        Raises:
-            CheckpointError: truncated, foreign, or of another model.
-        """
-        state = named_state(self.model, self._optimizer)
-        about = restore(step_dir, state, rank=self.rank, ranks=self.ranks)
-        self.step = about["step"]
-        set_step(self._optimizer, self.step)
-
-    def close(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        self._writer.wait()
-
-    def _micro(self, micro: int, tally: Tally) -> _Micro:
+    def _micro(self, index: int) -> _Micro:
         config = self.config
+        accumulation = config.train.accumulation
         batch = train_batch(
             self.dataset,
             batch=config.train.batch,
             step=self.step,
-            micro=micro,
-            accumulation=config.train.accumulation,
+            micro=index,
+            accumulation=accumulation,
             rank=self.rank,
             ranks=self.ranks,
             seed=config.run.seed,
         )
-        batch = batch.to(self.device)
-        number = self.step * config.train.accumulation + micro
+        number = self.step * accumulation + index
         key = NoiseKey(config.run.seed, number, batch.first_token)
-        recorder = self._recorder(micro, batch)
-        return _Micro(batch, Context(key, ledger=tally.ledger, observe=recorder))
+        return _Micro(batch.to(self.device), key)
 
-    def _forward_backward(self, micro: _Micro, tally: Tally) -> None:
+    def _forward_backward(self, micro: _Micro, tally: Tally, recorder: Recorder | None) -> None:
         batch = micro.batch
-        output = self._forward(micro)
+        if recorder is not None:
+            # tokens are counted through the whole step
+            before = micro.key.step % self.config.train.accumulation * batch.tokens
+            recorder.begin(batch.ids_T, batch.position_T, before + batch.first_token)
+        output = self._forward(batch, Context(micro.key, tally.ledger, recorder))
         cross_entropy = token_loss(output.logits_TV, batch.target_T)
         loss = cross_entropy / batch.tokens + self.model.aux_loss(output)
         (loss / self.config.train.accumulation).backward()  # type: ignore[no-untyped-call]
         tally.add(cross_entropy, output.routed)
-        if isinstance(micro.context.observe, Recorder):
-            micro.context.observe.save()
 
-    def _forward(self, micro: _Micro) -> LMOutput:
-        batch = micro.batch
+    def _forward(self, batch: Batch, context: Context) -> LMOutput:
         bf16 = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             output: LMOutput = self.model(
-                batch.ids_T, batch.position_T, batch.offsets_B1, context=micro.context
+                batch.ids_T, batch.position_T, batch.offsets_B1, context=context
             )
         return output
 
+    def _sum_over_ranks(self, tally: Tally) -> StepTotals:
+        owned = self._owned
+        owned.fill_gradients()
+        if self.ranks > 1:
+            sum_gradients(owned.alike)
+        apart, alike = (
+            square_sum(local_gradients(group), self.device) for group in (owned.apart, owned.alike)
+        )
+        return tally.total(self.ranks, apart, alike)
+
     def _commit(self, totals: StepTotals) -> float:
         """Change the weights: from here on the step counts."""
-        lr = learning_rate(self.step, self.config.train)
+        train, owned = self.config.train, self._owned
+        clip(local_gradients(owned.apart + owned.alike), totals.grad_norm, train.clip_norm)
+        lr = learning_rate(self.step, train)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -215,31 +222,22 @@ class Trainer:
         self.step += 1
         return lr
 
-    def _recorder(self, micro: int, batch: Batch) -> Recorder | None:
-        run = self.config.run
-        due = (self.step + 1) % run.record_every == 0 and micro == 0
-        if not (run.record and due and self._run_dir):
+    def _recorder(self) -> Recorder | None:
+        run, step = self.config.run, self.step + 1
+        if not run.record or step % run.record_every or self._run_dir is None:
             return None
-        name = f"step_{self.step + 1}.rank_{self.rank}.safetensors"
-        recorder = Recorder(self._run_dir / "routing" / name)
-        recorder.begin(batch.ids_T, batch.position_T, batch.first_token)
-        return recorder
+        name = f"step_{step}.rank_{self.rank}.safetensors"
+        return Recorder(self._run_dir / "routing" / name)
 
-    def _explain_non_finite(self, micros: list[_Micro], loss: float, norm: float) -> None:
-        """Find the first cause, the same way on all ranks, and raise."""
-        where: str | None = first_bad_weight(self.model, self.ranks)
-        cause = f"weight {where}" if where else None
-        if cause is None:
-            with torch.no_grad(), BadActivation(self.model) as watch:
-                for micro in micros:
-                    self._forward(_Micro(micro.batch, Context(micro.context.key)))
-            where = watch.first(self.ranks)
-            cause = f"output of {where}" if where else None
-        if cause is None:
-            cause = f"gradient of {first_bad_gradient(self.model, self.ranks)}"
+    def _refuse(self, micros: list[_Micro], loss: float, norm: float) -> None:
+        def forward_again() -> None:
+            for micro in micros:
+                self._forward(micro.batch, Context(micro.key))
+
+        cause = first_cause(self.model, self.ranks, forward_again)
         self._optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the first that is not "
-            f"finite is the {cause}; the weights are those of step {self.step}: lower train.lr or "
-            "raise train.warmup and run from the last checkpoint"
+            f"step {self.step + 1}: loss {loss:.6g}, gradient norm {norm:.6g}; the first that is "
+            f"not finite is the {cause}; the weights are those of step {self.step}: lower "
+            "train.lr or raise train.warmup, and go on from the last checkpoint"
         )

@@ -1,10 +1,8 @@
-"""AdamW in fp32, its schedule, and clipping by the true global norm."""
+"""AdamW in fp32, its schedule, and clipping by a norm."""
 
 import math
-from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -18,24 +16,23 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     Source: Loshchilov & Hutter 2017, arXiv:1711.05101.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    fused = not any(isinstance(p, DTensor) for p in parameters)
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        # fused takes lists of one kind; under FSDP2 experts are plain tensors, the rest is not
+        kind = (parameter.dim() >= 2, isinstance(parameter, DTensor))
+        kinds.setdefault(kind, []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": alike, "weight_decay": config.weight_decay if is_matrix else 0.0}
+            for (is_matrix, _), alike in kinds.items()
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
-        fused=fused,
-        foreach=False,
+        fused=True,
     )
     for parameter in parameters:
-        device = parameter.device if fused else "cpu"
         optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
@@ -50,7 +47,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    done = (step + 1 - config.warmup) / max(1, config.steps - config.warmup)
     low = config.min_lr
     return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
@@ -61,36 +58,18 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
         state["step"].fill_(step)
 
 
-def clip_by_global_norm(
-    sharded: Iterable[nn.Parameter], replicated: Iterable[nn.Parameter], limit: float, ranks: int
-) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most `limit`; 0 only measures.
-
-    Args:
-        sharded: parameters of which each rank holds a different part: their squares are summed.
-        replicated: parameters with equal gradients on all ranks: counted once.
-
-    Returns:
-        The norm before clipping, fp64 scalar, the same on every rank.
-    """
-    shares = [_local(p.grad) for p in sharded if p.grad is not None]
-    copies = [_local(p.grad) for p in replicated if p.grad is not None]
-    square = _square_sum(shares, (shares + copies)[0].device)
-    if ranks > 1:
-        dist.all_reduce(square)
-    norm = (square + _square_sum(copies, square.device)).sqrt()
-    if limit > 0:
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for grad in shares + copies:
-            grad.mul_(scale.to(grad.dtype))
-    return norm
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
-
-
-def _square_sum(grads: list[Tensor], device: torch.device) -> Tensor:
-    """fp64 scalar: sum of squares, tensor by tensor."""
+def square_sum(grads: list[Tensor], device: torch.device) -> Tensor:
+    """fp64 scalar: the sum of the squares of all elements, tensor by tensor."""
     squares = [torch.linalg.vector_norm(grad).double().square() for grad in grads]
     return torch.stack(squares).sum() if squares else torch.zeros((), device=device).double()
+
+
+def clip(grads: list[Tensor], norm: float, limit: float) -> None:
+    """Scale gradients in place so that their norm is at most `limit`; 0 is off.
+
+    Args:
+        norm: L2, of the global gradient that `grads` are a part of.
+    """
+    if 0 < limit < norm:
+        for grad in grads:
+            grad.mul_(limit / norm)

@@ -5,45 +5,53 @@ from itertools import chain
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moe_router.layers.moe import MoE
 from moe_router.models import CausalLM
+from moe_router.training.peers import is_peer_loss as is_peer_loss  # the actor asks here
 
 BUCKET = 1 << 23  # elements of one all-reduce: 32 MiB of fp32
-
-# gloo and NCCL raise bare RuntimeErrors: their text is all that tells a lost peer from a bug
-_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
-
-
-def is_peer_loss(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone, not because we are wrong."""
-    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in _LOST)
 
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """Attributes:
-    sharded: parameters of which each rank holds a part: experts, and dense ones under FSDP2.
-    replicated: parameters that every rank holds whole; their gradients must be summed.
+    """Parameters that learn, in the order of the model.
+
+    Attributes:
+        apart: each rank holds another part: experts, and dense ones under FSDP2.
+        alike: every rank holds them whole; their gradients must be summed.
     """
 
-    sharded: list[nn.Parameter]
-    replicated: list[nn.Parameter]
+    apart: list[nn.Parameter]
+    alike: list[nn.Parameter]
 
     @classmethod
     def of(cls, model: nn.Module) -> "Ownership":
         experts = {id(p) for p in expert_parameters(model)}
-        sharded: list[nn.Parameter] = []
-        replicated: list[nn.Parameter] = []
+        apart: list[nn.Parameter] = []
+        alike: list[nn.Parameter] = []
         for parameter in model.parameters():
             if parameter.requires_grad:
-                apart = id(parameter) in experts or isinstance(parameter, DTensor)
-                (sharded if apart else replicated).append(parameter)
-        return cls(sharded, replicated)
+                is_apart = id(parameter) in experts or isinstance(parameter, DTensor)
+                (apart if is_apart else alike).append(parameter)
+        return cls(apart, alike)
+
+    def fill_gradients(self) -> None:
+        """Zeros where no gradient came, as on a rank that no token was sent to: the optimizer
+        passes over a parameter without one, and its decay would depend on the number of ranks."""
+        for parameter in chain(self.apart, self.alike):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
+def local_gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The part of each gradient that lies here."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:
@@ -73,22 +81,19 @@ def shard_dense(model: CausalLM, ranks: int) -> None:
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum gradients over all ranks, in place, in few messages and a fixed order."""
-    bucket: list[torch.Tensor] = []
+    bucket: list[Tensor] = []
     size = 0
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
-        size += parameter.numel()
+    for grad in local_gradients(parameters):
+        bucket.append(grad)
+        size += grad.numel()
         if size >= BUCKET:
             _sum_bucket(bucket)
             bucket, size = [], 0
-    _sum_bucket(bucket)
+    if bucket:
+        _sum_bucket(bucket)
 
 
-def _sum_bucket(grads: list[torch.Tensor]) -> None:
-    if not grads:
-        return
+def _sum_bucket(grads: list[Tensor]) -> None:
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     parts = torch.split(flat, [grad.numel() for grad in grads])

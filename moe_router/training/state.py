@@ -1,5 +1,11 @@
-"""The tensors of a checkpoint by global name: one name per expert, so any W can read any W."""
+"""The tensors of a checkpoint by global name: one name per expert, so any W can read any W.
 
+blocks.0.attention.q.weight             every rank holds it, or its shard of it
+blocks.0.moe.experts.3.gate_up          expert 3, wherever it lives
+optimizer/exp_avg/blocks.0.moe.experts.3.gate_up
+"""
+
+import re
 from collections.abc import Iterator
 
 import torch
@@ -7,30 +13,35 @@ from torch import Tensor, nn
 
 from moe_router.training.parallel import moe_layers
 
+OPTIMIZER = "optimizer/"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+
+def any_expert(name: str) -> str:
+    """The name with its expert's number blotted out; other names stay as they are."""
+    return _EXPERT.sub("*", name)
+
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer that this rank holds, by global name.
 
-    The stacked experts of a layer appear one by one: `blocks.0.moe.experts.3.gate_up` is expert 3,
-    wherever it lives. The tensors are views: writing to them writes to the model.
+    The tensors are views: writing to them writes to the model.
     """
     held = _experts_held(model)
-    out: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        out.update(_pieces(name, tensor, held))
-    return out
+    weights = model.state_dict().items()
+    return {piece: part for name, tensor in weights for piece, part in _pieces(name, tensor, held)}
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`named_weights` and both moments of the optimizer, under `optimizer/`."""
+    """`named_weights` and both moments of the optimizer."""
     held = _experts_held(model)
     out = named_weights(model)
     for name, parameter in model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                tensor = optimizer.state[parameter][moment]
-                for piece, value in _pieces(name, tensor, held):
-                    out[f"optimizer/{moment}/{piece}"] = value
+        for moment in MOMENTS if parameter in optimizer.state else ():
+            tensor = optimizer.state[parameter][moment]
+            for piece, part in _pieces(name, tensor, held):
+                out[f"{OPTIMIZER}{moment}/{piece}"] = part
     return out
 
 

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from moe_router.routing import Ledger
 from moe_router.types import Routed
+from moe_router_kernels import reference
+
+_SCALARS = 6  # cross-entropy, asked, kept, executed, dense, square: see `Tally.total`
 
 
 class Tally:
@@ -17,45 +20,54 @@ class Tally:
     def __init__(self, layers: int, experts: int, micro_steps: int, device: torch.device) -> None:
         self.ledger = Ledger()
         self._layers, self._experts, self._micro_steps = layers, experts, micro_steps
-        self._load = torch.zeros(layers, experts, dtype=torch.float64, device=device)
+        # fp64 holds counts to 2**53 and lets one message carry them beside the losses
+        self._load_LE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
         self._cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
-        self._rows = torch.zeros(2, dtype=torch.float64, device=device)  # asked, kept
+        self._kept = torch.zeros((), dtype=torch.float64, device=device)
         self._losses: dict[str, Tensor] = {}
 
     def add(self, cross_entropy: Tensor, routed: tuple[Routed | None, ...]) -> None:
         """One micro-step: nats summed over this rank's tokens, and what each layer chose."""
         self._cross_entropy += cross_entropy.detach()
         for layer, out in enumerate(out for out in routed if out is not None):
-            ids_E = torch.arange(self._experts, device=self._load.device)
-            chosen_E = (out.choice.target_TK.flatten()[:, None] == ids_E).sum(0)
-            self._load[layer] += chosen_E
-            self._rows += torch.stack([chosen_E.sum(), out.plan.offsets_G1[-1].long()])
+            self._load_LE[layer] += reference.count(out.choice.target_TK, self._experts)
+            self._kept += out.plan.offsets_G1[-1]
             for name, loss in out.choice.losses.items():
                 share = loss.detach().double() / (self._layers * self._micro_steps)
                 self._losses[name] = self._losses.get(name, torch.zeros_like(share)) + share
 
-    def total(self, ranks: int) -> "StepTotals":
-        """Everything summed over all ranks, read by the host once."""
+    def total(self, ranks: int, apart: Tensor, alike: Tensor) -> "StepTotals":
+        """Everything summed over all ranks, read by the host once.
+
+        Args:
+            apart, alike: fp64 scalars, squares of the gradients that lie here alone, and of those
+                that are equal on every rank, which count once.
+        """
         names = sorted(self._losses)
-        executed, dense = self.ledger.totals()
-        flops = torch.tensor([executed, dense], dtype=torch.float64, device=self._load.device)
+        flops = self._load_LE.new_tensor(self.ledger.totals())
+        scalars = [self._cross_entropy, self._load_LE.sum(), self._kept, *flops, apart]
         losses = [self._losses[name] for name in names]
-        flat = torch.cat(
-            [self._cross_entropy[None], self._rows, flops, self._load.flatten()]
-            + [loss[None] for loss in losses]
-        )
+        flat = torch.cat([torch.stack([*scalars, *losses]), self._load_LE.flatten()])
         if ranks > 1:
             dist.all_reduce(flat)
-        return StepTotals(flat.cpu(), (self._layers, self._experts), names)
+        host = torch.cat([flat, alike[None]]).cpu()
+        return StepTotals(host, (self._layers, self._experts), names)
 
 
 class StepTotals:
-    """Host numbers of one step, all ranks together."""
+    """Numbers of one step on the host, all ranks together; equal on every rank.
 
-    def __init__(self, flat: Tensor, shape: tuple[int, int], names: list[str]) -> None:
-        self.cross_entropy, asked, kept, executed, dense = flat[:5].tolist()
+    Attributes:
+        cross_entropy: nats, summed over tokens.
+        grad_norm: L2, of the global gradient.
+        load_LE: fp64, rows chosen for each expert.
+    """
+
+    def __init__(self, host: Tensor, shape: tuple[int, int], names: list[str]) -> None:
+        self.cross_entropy, asked, kept, executed, dense, square = host[:_SCALARS].tolist()
+        self.grad_norm = (square + float(host[-1])) ** 0.5
         self.rows, self.dropped = int(asked), int(asked - kept)
         self.executed_flops, self.dense_flops = int(executed), int(dense)
-        cells = shape[0] * shape[1]
-        self.load_LE = flat[5 : 5 + cells].view(shape)
-        self.losses = dict(zip(names, flat[5 + cells :].tolist(), strict=True))
+        after = _SCALARS + len(names)
+        self.losses = dict(zip(names, host[_SCALARS:after].tolist(), strict=True))
+        self.load_LE = host[after:-1].view(shape)

@@ -1,11 +1,21 @@
 """What each rank of a training test runs; importable by the worker processes."""
 
+import errno
+import json
+import os
+import signal
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 
 from moe_router.config import Config
 from moe_router.config_file import config_from_dict
+from moe_router.errors import CheckpointError, PeerLostError
+from moe_router.training import parallel
+from moe_router.training.checkpoint import CheckpointWriter
+from moe_router.training.checkpoint_tensors import Snapshot
 from moe_router.training.loop import Trainer
 from moe_router.training.state import named_state
 
@@ -83,3 +93,81 @@ def poisoned(rank, ranks, config, name):
         )
         return str(error), same, trainer.step
     return "no error", False, trainer.step
+
+
+def left_alone(rank, ranks, config, folder):
+    """Rank 1 is killed after a step; what rank 0 says then, in a file: nobody asks it again."""
+    trainer = Trainer(config, rank=rank, ranks=ranks)
+    trainer.train_step()
+    before = local_copies(trainer)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    lost = []
+    for call in (
+        trainer.train_step,
+        trainer.evaluate,
+        lambda: trainer.save(Path(folder), wait=True),
+    ):
+        try:
+            call()
+        except PeerLostError as error:
+            lost.append(str(error))
+    after = local_copies(trainer)
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    said = {"lost": lost, "unchanged": unchanged, "step": trainer.step}
+    Path(folder, "said.json").write_text(json.dumps(said))
+
+
+def local_copies(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What lies on this rank, asked of nobody else."""
+    state = named_state(trainer.model, trainer._optimizer)
+    return {n: (t.to_local() if isinstance(t, DTensor) else t).clone() for n, t in state.items()}
+
+
+def summed(rank, ranks, shapes, bucket):
+    """Gradients 0, 1, 2, ... + rank of parameters of these shapes, summed over ranks."""
+    parallel.BUCKET = bucket
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.arange(p.numel()).view(p.shape).float() + rank
+    parallel.sum_gradients(parameters)
+    return [p.grad for p in parameters]
+
+
+def one_sided(rank, ranks, config):
+    """Weights after three steps in which every token goes to expert 0."""
+    trainer = Trainer(config, rank=rank, ranks=ranks)
+    for moe in parallel.moe_layers(trainer.model):
+        moe.router.bias_E.copy_(torch.tensor([10.0, 0.0]))
+    for _ in range(3):
+        trainer.train_step()
+    return {n: t for n, t in copies(trainer).items() if not n.startswith("optimizer")}
+
+
+def failing_write(rank, ranks, failing, folder):
+    """A good checkpoint, then one for which one rank's disk is full; what each rank says of it."""
+    state = {f"blocks.0.moe.experts.{rank}.down": torch.ones(2), "norm.weight": torch.ones(2)}
+    writer = CheckpointWriter(rank, ranks, tiny())
+    writer.save(Path(folder), 1, state, wait=True)
+    write = Snapshot.write
+
+    def refuse(self, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    Snapshot.write = refuse if rank == failing else write
+    try:
+        writer.save(Path(folder), 2, state, wait=True)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        Snapshot.write = write
+    return "no error"
+
+
+def tensors_in(folder):
+    """Names of all tensors in the safetensors files of a folder."""
+    names = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    return names

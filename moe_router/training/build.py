@@ -1,0 +1,41 @@
+"""The model of one rank: its experts, and its copy or shard of the rest."""
+
+import os
+
+import torch
+
+from moe_router.config import Config
+from moe_router.dispatch import AllToAll, Dispatcher, Local
+from moe_router.models import CausalLM, init_parameters
+from moe_router.training.parallel import shard_dense
+
+
+def repeat_bitwise(device: torch.device) -> None:
+    """Have GPUs take the same sums in the same order every time; CPUs do."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # unwritten memory is never read, so it needs no filling
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def build_model(config: Config, vocab: int, *, ranks: int, device: torch.device) -> CausalLM:
+    """As initialised by the seed: ranks hold bit for bit the slices of the one-rank model.
+
+    Args:
+        vocab: of the tokenizer.
+        ranks: of the default process group, which must exist when there are several.
+    """
+    dispatcher: Dispatcher = AllToAll() if ranks > 1 else Local()
+    model = CausalLM(
+        config.model,
+        vocab,
+        dispatcher=dispatcher,
+        kernels=config.kernels,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+    init_parameters(model, config.run.seed)
+    model.to(device)
+    if config.train.dense == "fsdp" and ranks > 1:
+        shard_dense(model, ranks)
+    return model
