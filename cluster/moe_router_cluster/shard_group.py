@@ -28,7 +28,7 @@ from moe_router_cluster.resources import (
 
 _ray: Any = ray  # half of its functions have no types
 BIRTH_S = 180.0  # a busy machine takes long to import torch, and then no ping is answered
-LEAVE_S = 10.0
+LEAVE_S = 3.0  # to finish a checkpoint that is lost anyway; a new actor takes as long
 PLACE_S = 30.0  # resources were counted before: placing takes milliseconds unless others took them
 
 
@@ -139,7 +139,8 @@ class ShardGroup:
         for rank in gone:
             self._shards[rank] = self._spawn(rank)
             self._homes[rank] = None
-        staying = {r: shard for r, shard in enumerate(self._shards) if r not in gone}
+        # an actor without a home has just been made, and is in no generation yet
+        staying = {r: self._shards[r] for r, home in enumerate(self._homes) if home is not None}
         # a checkpoint that they were writing with the lost ones may hang
         self._wait({r: shard.leave.remote() for r, shard in staying.items()}, LEAVE_S)
 

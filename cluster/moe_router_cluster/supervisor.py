@@ -199,7 +199,7 @@ class Supervisor:
         done = self.progress
         # a kill counts from the signal: the loss may be noticed a call later
         victim, at, began = self._killed or (None, done.step, time.monotonic())
-        actors: set[int] = set()
+        reason, actors = str(lost), set[int]()
         replaced: set[int] = set()
         while True:
             actors |= lost.ranks
@@ -219,7 +219,7 @@ class Supervisor:
             from_step=step,
             seconds=round(time.monotonic() - began, 3),
             generation=self._group.generation,
-            reason=str(lost),
+            reason=reason,
         )
         done.recoveries.append(recovery)
         done.evals = {at: record for at, record in done.evals.items() if at <= step}

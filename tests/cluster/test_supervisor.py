@@ -162,7 +162,8 @@ def test_a_loss_during_a_recovery_is_one_more_recovery_of_the_same_step(drive, m
     _, progress, _, said = drive(group, steps=12)
     assert group.replaced == [{1}, {0}]
     assert "actors 0, 1 lost at step" in said
-    assert len(progress.recoveries) == 1
+    (recovery,) = progress.recoveries
+    assert recovery.reason == "actor 1 died"
 
 
 def test_too_many_losses_end_the_run_in_one_line(drive):
