@@ -41,8 +41,8 @@ class Ownership:
         return cls(apart, alike)
 
     def fill_gradients(self) -> None:
-        """Zeros where no gradient came, as on a rank that no token was sent to: the optimizer
-        passes over a parameter without one, and its decay would depend on the number of ranks."""
+        """Zeros where no gradient came. The optimizer passes over a parameter without one, so its
+        decay would depend on whether a token happened to reach this rank."""
         for parameter in chain(self.apart, self.alike):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_router.config import Config
 from moe_router.config_file import config_from_dict
-from moe_router.errors import CheckpointError, PeerLostError
+from moe_router.errors import CheckpointError, NonFiniteError, PeerLostError
 from moe_router.training import parallel
 from moe_router.training.checkpoint import CheckpointWriter
 from moe_router.training.checkpoint_tensors import Snapshot
@@ -171,3 +171,23 @@ def tensors_in(folder):
         with safe_open(path, "pt") as file:
             names.update(file.keys())
     return names
+
+
+def overflowing(rank, ranks, config):
+    """The message of a step in which one rank's expert gives more than fp32 holds."""
+    trainer = Trainer(config, rank=rank, ranks=ranks)
+    if rank == 1:
+        trainer.model.blocks[0].moe.experts.down.data.mul_(1e38).mul_(1e38)
+        trainer.model.blocks[0].moe.experts.down.data.clamp_(-3e38, 3e38)
+        trainer.model.blocks[0].moe.experts.gate_up.data.mul_(1e15)
+    try:
+        trainer.train_step()
+    except NonFiniteError as error:
+        return str(error)
+    return "no error"
+
+
+def recorded(rank, ranks, config, steps, run_dir):
+    """Records of steps whose routing is written to run_dir."""
+    trainer = Trainer(config, rank=rank, ranks=ranks, run_dir=Path(run_dir))
+    return [trainer.train_step() for _ in range(steps)]
