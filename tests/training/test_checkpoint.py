@@ -41,9 +41,10 @@ def test_resume_is_bitwise_and_the_write_sees_no_later_step(tmp_path, dense):
         assert all(torch.equal(last[name], final[name]) for name in final)
 
 
-def test_any_number_of_ranks_reads_it(tmp_path):
-    config = work.tiny(BIASED)
-    straight = run_ranks(2, work.save_at, config, str(tmp_path), 2, 3)
+@pytest.mark.parametrize("written, read", [("replicated", "fsdp"), ("fsdp", "replicated")])
+def test_any_number_of_ranks_reads_it(tmp_path, written, read):
+    straight = run_ranks(2, work.save_at, work.tiny(BIASED, dense=written), str(tmp_path), 2, 3)
+    config = work.tiny(BIASED, dense=read)
     saved = merged(part for part, _ in straight)
     nexts = []
     for ranks in (1, 3, 4):  # 8 experts on 3 ranks: 3, 3, 2
