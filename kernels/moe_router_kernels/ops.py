@@ -13,6 +13,16 @@ from torch import Tensor
 from moe_router_kernels import reference
 
 
+def _combine(y_RD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
+    """`reference.combine`; on a CPU in one pass over the rows, where every row was written."""
+    whole = y_RD.device.type == "cpu" and y_RD.dtype == torch.float32 and y_RD.size(0) > 0
+    # unspecified rows may hold NaN, which a weight of 0 would not hide
+    if not (whole and row_TK.size(0) and int((row_TK >= 0).sum()) == y_RD.size(0)):
+        return reference.combine(y_RD, weight_TK, row_TK)
+    weight_TK = weight_TK.masked_fill(row_TK < 0, 0.0)
+    return F.embedding_bag(row_TK.clamp(min=0), y_RD, per_sample_weights=weight_TK, mode="sum")
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, src_R: Tensor, row_TK: Tensor) -> Tensor:
@@ -22,7 +32,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (row_TK,) = ctx.saved_tensors
-        return reference.gather_backward(grads[0], row_TK), None, None
+        unit_TK = torch.ones(row_TK.shape, device=row_TK.device)
+        return _combine(grads[0].contiguous(), unit_TK, row_TK), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -31,7 +42,7 @@ class _Combine(torch.autograd.Function):
         ctx: Any, y_RD: Tensor, weight_TK: Tensor, src_R: Tensor, choice_R: Tensor, row_TK: Tensor
     ) -> Tensor:
         ctx.save_for_backward(y_RD, weight_TK, src_R, choice_R, row_TK)
-        return reference.combine(y_RD, weight_TK, row_TK)
+        return _combine(y_RD, weight_TK, row_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

@@ -150,16 +150,14 @@ def combine_backward(
     row_TK: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `combine`: (R, D) for the rows, 0 past the end, and (T, K) for the weights."""
-    live = (src_R >= 0)[:, None]
-    weight_R = weight_TK.flatten()[choice_R.clamp(min=0)]
-    grad_RD = wide(grad_TD[src_R.clamp(min=0)]) * weight_R[:, None]
-    grad_RD = torch.where(live, grad_RD, 0.0).to(y_RD.dtype)
-    grad_TK = torch.zeros_like(weight_TK)
-    for k in range(row_TK.size(1) if y_RD.size(0) else 0):
-        row_T = row_TK[:, k]
-        dot_T = (wide(grad_TD) * wide(y_RD[row_T.clamp(min=0)])).sum(-1)
-        grad_TK[:, k] = torch.where(row_T < 0, 0.0, dot_T)
-    return grad_RD, grad_TK
+    if y_RD.size(0) == 0:  # every choice was dropped
+        return torch.zeros_like(y_RD), torch.zeros_like(weight_TK)
+    live_R1 = (src_R >= 0)[:, None]
+    grad_RD = wide(grad_TD[src_R.clamp(min=0)])
+    dot_R = (grad_RD * wide(y_RD)).sum(-1)
+    grad_TK = torch.where(row_TK < 0, 0.0, dot_R[row_TK.clamp(min=0)]).to(weight_TK.dtype)
+    weight_R1 = weight_TK.flatten()[choice_R.clamp(min=0)][:, None]
+    return torch.where(live_R1, grad_RD * weight_R1, 0.0).to(y_RD.dtype), grad_TK
 
 
 # --- compute ---------------------------------------------------------------------------------

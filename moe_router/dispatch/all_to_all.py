@@ -14,7 +14,7 @@ from moe_router.dispatch.base import Received
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
 from moe_router.types import Choice, Plan
-from moe_router_kernels import combine, gather
+from moe_router_kernels import combine, gather, reference
 
 Group = dist.ProcessGroup | None
 
@@ -97,7 +97,7 @@ class AllToAll:
         kept_TK = torch.where(plan.row_TK >= 0, choice.target_TK, -1)
         rank_TK = torch.where(kept_TK >= 0, rank_E[kept_TK.clamp(min=0)], -1)
         to_ranks = self._plan_ranks(rank_TK)
-        send, receive = self._splits(to_ranks.rows_G)
+        send, receive, choices = self._splits(to_ranks.rows_G, rank_TK)
         rows = sum(send)
         src_R = to_ranks.src_R[:rows]
         x_RD = gather(x_TD, src_R, to_ranks.row_TK)
@@ -113,7 +113,8 @@ class AllToAll:
         )
         held = len(placement.experts_of_rank[self.rank])
         way_back = _WayBack(to_ranks, send, receive)
-        return Received(x_ND, Choice(id_NK, weight_NK), plan_from_ids(id_NK, held), way_back)
+        local = plan_from_ids(id_NK, held, rows=choices)
+        return Received(x_ND, Choice(id_NK, weight_NK), local, way_back)
 
     def combine(self, y_RD: Tensor, received: Received) -> Tensor:
         plan, way = received.plan, received.handle
@@ -136,11 +137,13 @@ class AllToAll:
         goes_TW = (rank_TK[..., None] == ranks_W).any(1)
         return plan_from_ids(torch.where(goes_TW, ranks_W, -1), self.ranks)
 
-    def _splits(self, send_W: Tensor) -> tuple[list[int], list[int]]:
-        receive_W = torch.empty_like(send_W)
-        dist.all_to_all_single(receive_W, send_W, group=self.group)
-        send, receive = torch.stack([send_W, receive_W]).tolist()
-        return send, receive
+    def _splits(self, send_W: Tensor, rank_TK: Tensor) -> tuple[list[int], list[int], int]:
+        """Rows to and from each rank, and how many choices they bring: read by the host."""
+        send_W2 = torch.stack([send_W.long(), reference.count(rank_TK, self.ranks)], 1)
+        receive_W2 = torch.empty_like(send_W2)
+        dist.all_to_all_single(receive_W2, send_W2, group=self.group)
+        (send, _), (receive, choices) = torch.stack([send_W2.T, receive_W2.T]).tolist()
+        return send, receive, sum(choices)
 
     def _table(self, placement: Placement, device: torch.device) -> tuple[Tensor, Tensor]:
         """(E,) int32 each: the rank of an expert, and its slot there."""

@@ -6,13 +6,15 @@ from moe_router.types import Choice, Plan
 from moe_router_kernels import reference
 
 
-def plan_from_ids(target_TK: Tensor, groups: int) -> Plan:
+def plan_from_ids(target_TK: Tensor, groups: int, rows: int | None = None) -> Plan:
     """A dropless Plan from ids alone.
 
     Args:
         target_TK: (T, K) int32 in [-1, groups); -1 gets no row.
+        rows: a bound R that is known to be enough; default: T * K.
     """
-    return Plan(*reference.plan(target_TK, groups))
+    src_R, choice_R, offsets_G1, row_TK = reference.plan(target_TK, groups)
+    return Plan(src_R[:rows], choice_R[:rows], offsets_G1, row_TK)
 
 
 def make_plan(

@@ -36,6 +36,32 @@ def test_gather_and_combine_gradients_are_those_of_the_reference(routing, dim):
     torch.testing.assert_close(ours, specified)
 
 
+@few
+@given(targets(max_tokens=12, max_groups=5), st.integers(1, 9), st.booleans())
+def test_fp32_on_a_cpu_takes_the_same_sums_in_one_pass(routing, dim, trimmed):
+    target_TK, groups = routing
+    src_R, choice_R, offsets_G1, row_TK = reference.plan(target_TK, groups)
+    used = int(offsets_G1[-1])
+    end = used if trimmed else len(src_R)
+    src_R, choice_R = src_R[:end], choice_R[:end]
+    torch.manual_seed(0)
+    y_RD = torch.randn(end, dim)
+    y_RD[used:] = float("nan")  # nobody wrote these
+    y_RD.requires_grad_()
+    weight_TK = torch.rand(target_TK.shape, requires_grad=True)
+    x_TD = torch.randn(len(target_TK), dim, requires_grad=True)
+    out_TD = combine(y_RD, weight_TK, src_R, choice_R, row_TK)
+    torch.testing.assert_close(out_TD, reference.combine(y_RD, weight_TK, row_TK))
+    grad_TD = torch.randn(out_TD.shape)
+    grad_RD, grad_TK = torch.autograd.grad(out_TD, (y_RD, weight_TK), grad_TD)
+    wanted = reference.combine_backward(grad_TD, y_RD, weight_TK, src_R, choice_R, row_TK)
+    torch.testing.assert_close((grad_RD[:used], grad_TK), (wanted[0][:used], wanted[1]))
+    rows_RD = gather(x_TD, src_R, row_TK)
+    grad_rows_RD = torch.randn(rows_RD.shape)
+    (grad_x_TD,) = torch.autograd.grad(rows_RD, x_TD, grad_rows_RD)
+    torch.testing.assert_close(grad_x_TD, reference.gather_backward(grad_rows_RD, row_TK))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows", [[3, 0, 5], [0, 0, 0], [0, 8, 0], [1, 1, 1]])
 @pytest.mark.parametrize("dim, hidden", [(16, 32), (7, 13)])
