@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The short commit, with + if the tree has changes; `unknown` outside a checkout."""
+    """The short commit, with + if the tree has changes; outside a checkout what COMMIT says."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     changed = subprocess.run(
         [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
     )
