@@ -1,16 +1,14 @@
 """Triton: gating fused with permutation. Specification: `reference`.
 
-Three launches, no sort, no host synchronisation, no atomics:
+Three or four launches, no sort, no host synchronisation, no atomics:
 
     gate    a block of tokens: scores, top-k, weights, and how often the block chose each group
     scan    a block of groups: where each token block's rows begin inside the group
-    place   a block of tokens: the row of each choice, both directions of the index, and, if
-            asked, the copy of the token's hidden state into its K rows, read once
+    place   a block of tokens: the row of each choice, both directions of the index
+    move    a tile of hidden states, read once, written to the K rows of each token
 
 Not covered: group-limited choice, expert choice, capacity (the reference does them).
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -80,17 +78,20 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scan_kernel(load_ptr, before_ptr, total_ptr, blocks, G, BLOCK_G: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scan_kernel(  # type: ignore[no-untyped-def]
+    load_ptr, before_ptr, total_ptr, blocks, G, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
+):
     group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    inside = group < G
     running = tl.zeros((BLOCK_G,), tl.int32)
-    block = 0
-    while block < blocks:
-        at = block * G + group
-        tl.store(before_ptr + at, running, mask=inside)
-        running += tl.load(load_ptr + at, mask=inside, other=0)
-        block += 1
-    tl.store(total_ptr + group, running, mask=inside)
+    for first in range(0, blocks, BLOCK_N):
+        block = first + tl.arange(0, BLOCK_N)
+        inside = (block < blocks)[:, None] & (group < G)[None, :]
+        at = block.to(tl.int64)[:, None] * G + group[None, :]
+        load = tl.load(load_ptr + at, mask=inside, other=0)
+        before = running[None, :] + tl.cumsum(load, 0) - load
+        tl.store(before_ptr + at, before, mask=inside)
+        running += tl.sum(load, 0)
+    tl.store(total_ptr + group, running, mask=group < G)
 
 
 @triton.jit
@@ -102,19 +103,13 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     choice_ptr,
     offsets_ptr,
     row_ptr,
-    x_ptr,
-    rows_ptr,
     T,
     E,
     G,
-    D,
-    stride_x,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MOVE: tl.constexpr,
 ):
     block = tl.program_id(0)
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -148,14 +143,6 @@ def _place_kernel(  # type: ignore[no-untyped-def]
         tl.store(row_ptr + flat, tl.where(real, row, -1), mask=token < T)
         tl.store(src_ptr + row, token, mask=real)
         tl.store(choice_ptr + row, flat.to(tl.int32), mask=real)
-        if MOVE:
-            column = tl.arange(0, BLOCK_D)
-            for d in range(0, D, BLOCK_D):
-                inside = real[:, None] & (d + column < D)[None, :]
-                at = token.to(tl.int64)[:, None] * stride_x + d + column[None, :]
-                value = tl.load(x_ptr + at, mask=inside)  # the second k reads it from L1 or L2
-                to = row.to(tl.int64)[:, None] * D + d + column[None, :]
-                tl.store(rows_ptr + to, value, mask=inside)
 
     # rows past the end, if choices are missing
     used = tl.sum(total, 0)
@@ -163,6 +150,29 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     unused = keep & (past >= used)
     tl.store(src_ptr + past.to(tl.int64), tl.full((BLOCK_T, K_PAD), -1, tl.int32), mask=unused)
     tl.store(choice_ptr + past.to(tl.int64), tl.full((BLOCK_T, K_PAD), -1, tl.int32), mask=unused)
+
+
+@triton.jit
+def _move_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    row_ptr,
+    rows_ptr,
+    T,
+    D,
+    stride_x,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (token < T)[:, None] & (column < D)[None, :]
+    at = token.to(tl.int64)[:, None] * stride_x + column[None, :]
+    value = tl.load(x_ptr + at, mask=inside)
+    for k in tl.static_range(K):
+        row = tl.load(row_ptr + token.to(tl.int64) * K + k, mask=token < T, other=-1)
+        to = row.to(tl.int64)[:, None] * D + column[None, :]
+        tl.store(rows_ptr + to, value, mask=inside & (row >= 0)[:, None])
 
 
 def gate_and_plan(
@@ -175,7 +185,7 @@ def gate_and_plan(
     renormalise: bool = True,
     x_TD: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Top-k gating, the Plan, and the routed copy of the tokens, in three launches.
+    """Top-k gating, the Plan, and the routed copy of the tokens.
 
     Args:
         logits_TG: (T, G) fp32 or bf16, contiguous; the groups past `experts` are null.
@@ -219,16 +229,15 @@ def gate_and_plan(
             BIASED=bias_E is not None,
             RENORMALISE=renormalise,
         )
-    _scan_kernel[(triton.cdiv(G, 32),)](load_NG, before_NG, load_G, blocks, G, BLOCK_G=32)
-    plan: dict[str, Any] = {
+    _scan_kernel[(triton.cdiv(G, 8),)](
+        load_NG, before_NG, load_G, blocks, G, BLOCK_N=128, BLOCK_G=8
+    )
+    plan = {
         "src_R": ints(R),
         "choice_R": ints(R),
         "offsets_G1": ints(experts + 1),
         "row_TK": ints(T, k),
     }
-    dim = 0 if x_TD is None else x_TD.size(1)
-    moved = logits_TG if x_TD is None else x_TD
-    rows_RD = moved.new_empty(R if x_TD is not None else 0, dim)
     _place_kernel[(place_blocks,)](
         out["target_TK"],
         before_NG,
@@ -237,18 +246,26 @@ def gate_and_plan(
         plan["choice_R"],
         plan["offsets_G1"],
         plan["row_TK"],
-        moved,
-        rows_RD,
         T,
         experts,
         G,
-        dim,
-        moved.stride(0),
         K=k,
         K_PAD=triton.next_power_of_2(k),
         E_PAD=triton.next_power_of_2(experts),
         BLOCK_T=block_t,
-        BLOCK_D=min(2048 // block_t, triton.next_power_of_2(max(dim, 1))),
-        MOVE=x_TD is not None,
     )
-    return out | plan | {"load_G": load_G} | ({} if x_TD is None else {"rows_RD": rows_RD})
+    out |= plan | {"load_G": load_G}
+    return out if x_TD is None else out | {"rows_RD": _move(x_TD, plan["row_TK"])}
+
+
+def _move(x_TD: Tensor, row_TK: Tensor) -> Tensor:
+    """(T * K, D): the token of each row; rows past the end unspecified."""
+    (T, K), D = row_TK.shape, x_TD.size(1)
+    rows_RD = x_TD.new_empty(T * K, D)
+    block_d = min(256, triton.next_power_of_2(max(D, 1)))
+    block_t = max(1, 2048 // block_d)
+    if T and D:
+        _move_kernel[(triton.cdiv(T, block_t), triton.cdiv(D, block_d))](
+            x_TD, row_TK, rows_RD, T, D, x_TD.stride(0), K=K, BLOCK_T=block_t, BLOCK_D=block_d
+        )
+    return rows_RD

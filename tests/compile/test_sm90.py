@@ -27,8 +27,9 @@ PLACE = dict.fromkeys(
     ["target_ptr", "before_ptr", "total_ptr", "src_ptr", "choice_ptr", "offsets_ptr", "row_ptr"],
     INTS,
 )
-PLACE |= {"x_ptr": "*bf16", "rows_ptr": "*bf16"}
-PLACE |= dict.fromkeys(["T", "E", "G", "D", "stride_x"], "i32")
+PLACE |= dict.fromkeys(["T", "E", "G"], "i32")
+MOVE = {"x_ptr": "*bf16", "row_ptr": INTS, "rows_ptr": "*bf16"}
+MOVE |= dict.fromkeys(["T", "D", "stride_x"], "i32")
 SCAN = dict.fromkeys(["load_ptr", "before_ptr", "total_ptr"], INTS)
 SCAN |= {"blocks": "i32", "G": "i32"}
 
@@ -56,9 +57,13 @@ def test_gate(groups, k, block, biased, tmp_path):
 @pytest.mark.parametrize("groups, k, block", [(8, 2, 32), (128, 8, 16)])
 def test_place(groups, k, block, tmp_path):
     constants = {"K": k, "K_PAD": k, "E_PAD": groups, "BLOCK_T": block}
-    constants |= {"BLOCK_D": 2048 // block, "MOVE": True}
     assert spilled(fused._place_kernel, PLACE, constants, tmp_path) <= 16
 
 
 def test_scan(tmp_path):
-    assert spilled(fused._scan_kernel, SCAN, {"BLOCK_G": 32}, tmp_path) == 0
+    assert spilled(fused._scan_kernel, SCAN, {"BLOCK_N": 128, "BLOCK_G": 8}, tmp_path) == 0
+
+
+def test_move(tmp_path):
+    constants = {"K": 8, "BLOCK_T": 8, "BLOCK_D": 256}
+    assert spilled(fused._move_kernel, MOVE, constants, tmp_path) == 0

@@ -49,8 +49,9 @@ def test_no_tokens():
     assert out["offsets_G1"].tolist() == [0] * 5 and out["src_R"].numel() == 0
 
 
-def test_bf16_tokens_are_copied_bit_by_bit():
-    x_TD = torch.randn(40, 64).bfloat16().to(DEVICE)
+@pytest.mark.parametrize("dim", [16, 64, 100, 512])
+def test_bf16_tokens_are_copied_bit_by_bit(dim):
+    x_TD = torch.randn(40, dim).bfloat16().to(DEVICE)
     out = fused.gate_and_plan(torch.randn(40, 8).to(DEVICE), 2, experts=8, x_TD=x_TD)
     assert torch.equal(out["rows_RD"], x_TD[out["src_R"].long()])
 
