@@ -5,9 +5,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from moe_router.errors import CheckpointError, ConfigError
-from moe_router.training.checkpoint_files import latest_checkpoint
+from moe_router.training.checkpoint_files import latest_checkpoint, read_about
 
 _STATE = "state.json"  # a step folder has one, written last
+_STEPS = f"step_*/{_STATE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,12 @@ class RunPath:
         """The checkpoint to read.
 
         Raises:
-            CheckpointError: the run has none yet.
+            CheckpointError: the run has none yet, or all it has are damaged.
         """
         found = self.asked or latest_checkpoint(self.run)
         if found is None:
+            for damaged in self.run.glob(_STEPS):
+                read_about(damaged.parent)  # says what is wrong with it
             raise CheckpointError(
                 f"{self.run}: no whole checkpoint (step_N/{_STATE}); train on until one is written"
             )
@@ -47,7 +50,7 @@ def find_run(name: Path) -> RunPath:
     for path in (name, Path("runs") / name):
         if (path / _STATE).is_file():
             return RunPath(path.parent, path)
-        if (path / "config.yaml").is_file() or (path.is_dir() and latest_checkpoint(path)):
+        if (path / "config.yaml").is_file() or any(path.glob(_STEPS)):
             return RunPath(path, None)
     what = "is no run (no config.yaml, no checkpoint)" if name.exists() else "no such run"
     folder = name.parent if name.parent != Path() else Path("runs")
