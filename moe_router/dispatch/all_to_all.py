@@ -27,7 +27,7 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Te
 
 
 class _Send(torch.autograd.Function):
-    """Rows, fp32 weights and ids to the experts; the gradients of rows and weights return.
+    """Rows, fp32 or fp64 weights, and ids to the experts; gradients of rows and weights return.
 
     One function for all three, so that every rank runs the same collectives in the same order in
     backward, also a rank without experts, on which no gradient reaches the rows.
@@ -44,12 +44,13 @@ class _Send(torch.autograd.Function):
         group: Group,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.way = (send, receive, group)
-        packed = torch.cat([weight_RK.view(torch.int32), id_RK], 1)
-        weight_NK, id_NK = exchange(packed, send, receive, group).chunk(2, 1)
+        bits = weight_RK.view(torch.int32)  # twice as wide if the weights are fp64
+        packed = exchange(torch.cat([bits, id_RK], 1), send, receive, group)
+        weight_NK, id_NK = torch.split(packed, [bits.size(1), id_RK.size(1)], 1)
         id_NK = id_NK.contiguous()
         ctx.mark_non_differentiable(id_NK)
         x_ND = exchange(x_RD, send, receive, group)
-        return x_ND, weight_NK.contiguous().view(torch.float32), id_NK
+        return x_ND, weight_NK.contiguous().view(weight_RK.dtype), id_NK
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:

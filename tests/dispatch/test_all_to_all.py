@@ -75,3 +75,13 @@ def test_repeats_bit_by_bit():
     first, second = (run_ranks(2, work.run_shard, variant, placement, (0, 9, 20)) for _ in "12")
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_fp64_weights_travel_whole():
+    assert max(run_ranks(2, work.run_double, BASE)) < 1e-12
+
+
+def test_a_rank_without_experts_joins_the_backward_that_only_experts_need():
+    placement = ((0, 1, 2, 3, 4, 5), ())
+    all_of_them, none = run_ranks(2, work.run_without_gradient_to_the_rows, BASE, placement)
+    assert all_of_them.norm() > 0 and none.shape == (0, 12, 8)

@@ -72,6 +72,21 @@ def run_shard(rank, ranks, variant, placement, bounds):
     return forward_backward(layer, packed(x_TD[mine]), grad_TD[mine])
 
 
+def run_double(rank, ranks, variant):
+    """The most that an fp64 layer of several ranks differs from one of one rank."""
+    whole = whole_layer(MoEConfig(**variant))
+    ours = shard(whole, Placement.contiguous(variant["experts"], ranks), rank).double()
+    x_TD = batch(7)[rank].double()
+    return float((ours(x_TD).delta_TD - whole.double()(x_TD).delta_TD).abs().max())
+
+
+def run_without_gradient_to_the_rows(rank, ranks, variant, placement):
+    """Only experts learn: neither the tokens nor the router want a gradient."""
+    layer = shard(whole_layer(MoEConfig(**variant, frozen=True)), Placement(placement), rank)
+    layer(batch(7)[rank]).delta_TD.sum().backward()
+    return layer.experts.down.grad
+
+
 def run_whole(variant, bounds):
     """The same batch on one rank; sequences cut where the ranks cut them."""
     x_TD, grad_TD = batch(bounds[-1])
