@@ -16,8 +16,10 @@ from moe_router_kernels import reference
 def _combine(y_RD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     """`reference.combine`; on a CPU in one pass over the rows, where every row was written."""
     whole = y_RD.device.type == "cpu" and y_RD.dtype == torch.float32 and y_RD.size(0) > 0
-    # unspecified rows may hold NaN, which a weight of 0 would not hide
-    if not (whole and row_TK.size(0) and int((row_TK >= 0).sum()) == y_RD.size(0)):
+    missing = int((row_TK < 0).sum())
+    # a missing choice reads row 0 here, and a weight of 0 would not hide what is not finite
+    whole = whole and (missing == 0 or bool(y_RD[0].isfinite().all()))
+    if not (whole and row_TK.size(0) and row_TK.numel() - missing == y_RD.size(0)):
         return reference.combine(y_RD, weight_TK, row_TK)
     weight_TK = weight_TK.masked_fill(row_TK < 0, 0.0)
     return F.embedding_bag(row_TK.clamp(min=0), y_RD, per_sample_weights=weight_TK, mode="sum")
@@ -87,8 +89,8 @@ def grouped_mm(x_RD: Tensor, w_GDF: Tensor, offsets_G1: Tensor) -> Tensor:
     """Multiply the rows of group g by w[g]: `reference.grouped_mm` at the speed of the device.
 
     Args:
-        x_RD: (R, D), sorted by group.
-        w_GDF: (G, D, F), x's dtype.
+        x_RD: (R, D), sorted by group, contiguous.
+        w_GDF: (G, D, F), x's dtype, contiguous.
         offsets_G1: (G + 1,) int32.
 
     Returns:

@@ -80,3 +80,13 @@ def test_grouped_mm_equals_a_product_per_group(dtype, rows, dim, hidden):
     wanted_grads = torch.autograd.grad((wanted * loss).sum(), (x_RD, w_GDF))
     torch.testing.assert_close(grads[0][:live], wanted_grads[0][:live], **tolerance)
     torch.testing.assert_close(grads[1], wanted_grads[1], **tolerance)
+
+
+def test_a_missing_choice_does_not_catch_the_infinity_of_another_token():
+    target_TK = torch.tensor([[0, 1], [-1, 1]], dtype=torch.int32)
+    src_R, choice_R, offsets_G1, row_TK = reference.plan(target_TK, 2)
+    end = int(offsets_G1[-1])
+    y_RD = torch.ones(end, 4)
+    y_RD[0] = float("inf")
+    out_TD = combine(y_RD, torch.ones(2, 2), src_R[:end], choice_R[:end], row_TK)
+    assert out_TD[0].isinf().all() and (out_TD[1] == 1).all()
