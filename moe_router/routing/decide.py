@@ -1,6 +1,7 @@
 """From scores to the ids and weights of each token's choices."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from moe_router_kernels import reference
 def capacity(tokens: int, config: RouterConfig, default: float = 1.0) -> int:
     """Most rows one expert takes of `tokens` tokens: a multiple of the mean load, rounded up."""
     factor = default if config.capacity_factor is None else config.capacity_factor
-    return min(tokens, math.ceil(factor * tokens * config.top_k / config.experts))
+    # 1.1 means 11/10: in floats, 1.1 times a mean load of 10 is rounded up to 12
+    exact = Fraction(str(factor)) * tokens * config.top_k / config.experts
+    return min(tokens, math.ceil(exact))
 
 
 @torch.no_grad()

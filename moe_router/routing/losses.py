@@ -37,7 +37,7 @@ def router_losses(
 
     counts = context.recall("counts", over_all_ranks)
     load_G, token_count, sequence_count = counts[:G], counts[G], counts[G + 1]
-    probability_TG = score_TG / score_TG.sum(-1, keepdim=True)
+    probability_TG = score_TG / score_TG.sum(-1, keepdim=True).clamp(min=1e-20)
     losses = {}
     if config.balance_loss:
         load_G = _share_nulls(load_G.float(), config.experts)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from moe_router.config import require
 from moe_router.types import Choice, Plan
 from moe_router_kernels import reference
 
@@ -34,13 +35,21 @@ def make_plan(
         position_T: (T,) int32, needed for `position`.
         sources: ranks whose tokens stand one after another in T, equally many each; capacity is
             counted for each of them, so that one rank can repeat what several do.
+
+    Raises:
+        ConfigError: another `drop`, no positions to drop by, or sources of unequal length.
     """
     target_TK = choice.target_TK
     if capacity is not None:
-        if drop == "score" or position_T is None:
-            order = reference.serve_by_score(choice.weight_TK.detach())
-        else:
+        T = target_TK.size(0)
+        require(T % sources == 0, "sources", sources, f"a divisor of {T} tokens")
+        if drop == "position":
+            require(position_T is not None, "position_T", None, "positions, for drop=position")
+            assert position_T is not None
             order = reference.serve_by_position(position_T, target_TK.size(1))
+        else:
+            require(drop == "score", "drop", drop, "position or score")
+            order = reference.serve_by_score(choice.weight_TK.detach())
         rank_TK = reference.rank_in_group(target_TK, groups, order, sources)
         target_TK = target_TK.masked_fill(rank_TK >= capacity, -1)
     return plan_from_ids(target_TK, groups)

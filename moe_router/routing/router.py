@@ -1,5 +1,8 @@
 """The router: score, decide, weigh. One module for experts now, for depth and attention next."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +70,14 @@ class Router(nn.Module):
             key.seed, key.step, self.layer, key.first_token, x_TD.size(0), x_TD.size(1), x_TD.device
         )
         return x_TD * (1 + j * (2 * noise_TD - 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.bfloat16()` leaves the bias in fp32: there, steps of bias_rate would round to none."""
+        exact_E = self.bias_E
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.bias_E.dtype != reference.wide(self.bias_E).dtype:
+            self.bias_E = exact_E.to(self.bias_E.device)
+        return self
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:

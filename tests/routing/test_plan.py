@@ -1,7 +1,9 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_router.errors import ConfigError
 from moe_router.routing import make_plan, plan_from_ids
 from moe_router.types import Choice
 from tests.strategies import targets
@@ -49,3 +51,14 @@ def test_early_positions_of_all_sequences_come_first():
     position_T = torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32)
     plan = make_plan(choice, 1, capacity=3, position_T=position_T)
     assert (plan.row_TK.flatten() >= 0).tolist() == [True, True, False, True, False, False]
+
+
+def test_capacity_never_falls_back_to_another_order():
+    choice = Choice(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1))
+    position_T = torch.arange(3, dtype=torch.int32)
+    with pytest.raises(ConfigError, match="position_T=None: want positions, for drop=position"):
+        make_plan(choice, 1, capacity=1)
+    with pytest.raises(ConfigError, match="drop=scores: want position or score"):
+        make_plan(choice, 1, capacity=1, drop="scores")
+    with pytest.raises(ConfigError, match="sources=2: want a divisor of 3 tokens"):
+        make_plan(choice, 1, capacity=1, position_T=position_T, sources=2)

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,7 +139,35 @@ def test_memory_repeats_the_choice_and_asks_the_other_ranks_once():
 @given(st.integers(0, 40), st.integers(1, 8), st.floats(0.1, 3))
 def test_capacity_is_a_multiple_of_the_mean_load(T, experts, factor):
     config = RouterConfig(experts=experts, top_k=1, capacity_factor=factor)
-    assert min(T, factor * T / experts) <= capacity(T, config) <= min(T, factor * T / experts + 1)
+    mean = Fraction(str(factor)) * T / experts
+    assert min(T, mean) <= capacity(T, config) <= min(T, mean + 1)
+
+
+def test_capacity_is_not_rounded_up_because_of_floats():
+    assert capacity(100, RouterConfig(experts=10, top_k=1, capacity_factor=1.1)) == 11
+
+
+def test_a_bf16_module_keeps_its_bias_and_the_bias_goes_on_learning():
+    router = Router(8, RouterConfig(experts=2, top_k=1, bias_rate=0.001))
+    router.update_bias(torch.tensor([0, 2]))
+    before_E = router.bias_E.clone()
+    router = router.bfloat16()
+    assert router.score.weight.dtype == torch.bfloat16 and torch.equal(router.bias_E, before_E)
+    for _ in range(999):
+        router.update_bias(torch.tensor([0, 2]))
+    torch.testing.assert_close(router.bias_E, torch.tensor([1.0, -1.0]))
+    assert router.double().bias_E.dtype == torch.float64
+
+
+def test_scores_that_are_all_zero_have_finite_losses():
+    config = RouterConfig(experts=4, top_k=2, score="sigmoid", sequence_balance_loss=1.0)
+    router = Router(8, config)
+    router.score.weight.data.fill_(-100.0)
+    ones = Tokens(torch.ones(3, 8), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32))
+    losses = router(ones).losses
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert router.score.weight.grad.isfinite().all()
 
 
 def test_frozen_router_has_nothing_to_train():
