@@ -7,7 +7,7 @@ from moe_router.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """experts_of_rank[r] are the global ids of the experts on rank r, ascending."""
+    """experts_of_rank[r] are the global ids of the experts on rank r, in order of slot."""
 
     experts_of_rank: tuple[tuple[int, ...], ...]
 
