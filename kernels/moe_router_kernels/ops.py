@@ -14,15 +14,24 @@ from moe_router_kernels import reference
 
 
 def _combine(y_RD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
-    """`reference.combine`; on a CPU in one pass over the rows, where every row was written."""
-    whole = y_RD.device.type == "cpu" and y_RD.dtype == torch.float32 and y_RD.size(0) > 0
-    missing = int((row_TK < 0).sum())
-    # a missing choice reads row 0 here, and a weight of 0 would not hide what is not finite
-    whole = whole and (missing == 0 or bool(y_RD[0].isfinite().all()))
-    if not (whole and row_TK.size(0) and row_TK.numel() - missing == y_RD.size(0)):
+    """`reference.combine`; on a CPU in one pass over the rows, where it is safe."""
+    if not _one_pass(y_RD, row_TK):
         return reference.combine(y_RD, weight_TK, row_TK)
     weight_TK = weight_TK.masked_fill(row_TK < 0, 0.0)
     return F.embedding_bag(row_TK.clamp(min=0), y_RD, per_sample_weights=weight_TK, mode="sum")
+
+
+def _one_pass(y_RD: Tensor, row_TK: Tensor) -> bool:
+    """Whether a missing choice, which reads row 0 with weight 0, reads something finite there.
+
+    Looks at values on a CPU alone: on another device that would wait for it.
+    """
+    if y_RD.device.type != "cpu" or y_RD.dtype != torch.float32:
+        return False
+    missing = int((row_TK < 0).sum())
+    if y_RD.size(0) == 0 or row_TK.numel() - missing != y_RD.size(0):
+        return False
+    return missing == 0 or bool(y_RD[0].isfinite().all())
 
 
 class _Gather(torch.autograd.Function):
