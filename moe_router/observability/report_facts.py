@@ -112,8 +112,10 @@ def table_html(groups: Mapping[str, Any]) -> str:
     """One table for each top key; nested keys are joined by dots."""
     nested = {k: v for k, v in groups.items() if isinstance(v, dict) and v}
     plain = {k: v for k, v in groups.items() if k not in nested}
-    parts = [_table("", plain)] if plain else []
-    return "\n".join(parts + [_table(str(k), _flat(v)) for k, v in nested.items()])
+    parts = [_table(str(k), _flat(v)) for k, v in nested.items()]
+    if plain:
+        parts.append(_table("other" if nested else "", plain))
+    return "\n".join(parts)
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ from moe_router.observability.trace import LayerTrace, Trace, load_trace
 CHOICES = 180_000  # of all layers together: 4 bytes each, a third more as base64
 MAX_TOKENS = 4000  # each is an element of the page
 DROPPED = 1 << 15  # flag on a packed group
-_PICTURE = 0x2400  # the Unicode pictures of the control characters 0 to 32
 
 
 def load_sample(run_dir: Path) -> dict[str, Any] | None:
@@ -31,7 +30,11 @@ def load_sample(run_dir: Path) -> dict[str, Any] | None:
             f"{path}: token_ids and token_text are missing or differ in length; want one text "
             "for each id: generate the sample again"
         )
-    ids, texts, prompt = [int(i) for i in ids], [str(t) for t in texts], str(sample["prompt"])
+    ids, texts, prompt = (
+        [int(i) for i in ids],
+        [str(t) for t in texts],
+        str(sample.get("prompt", "")),
+    )
     trace_path = run_dir / "routing" / "sample.safetensors"
     trace = load_trace(trace_path) if trace_path.is_file() else None
     shown, layers = _routing(ids, trace)
@@ -49,7 +52,7 @@ def load_sample(run_dir: Path) -> dict[str, Any] | None:
 def visible(text: str, id_: int) -> str:
     """A token's text with everything that has no shape of its own made visible.
 
-    Controls become their Unicode pictures, a line feed keeps its break after the arrow, and what
+    Controls and bytes become hexadecimal, a line feed keeps its break after the arrow, and what
     could reorder or hide text (format characters, lone surrogates) becomes its code point.
     """
     if not text:
@@ -64,10 +67,8 @@ def _shape(char: str) -> str:
         return "↵\n"
     if char == "\t":
         return "⇥"
-    if char == "\x7f":
-        return "␡"
-    if ord(char) < 32:
-        return chr(_PICTURE + ord(char))
+    if ord(char) < 32 or ord(char) == 127:
+        return f"⟨{ord(char):02X}⟩"
     if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
         return f"⟨U+{ord(char):04X}⟩"
     return char

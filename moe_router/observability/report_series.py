@@ -5,6 +5,7 @@ import math
 import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 POINTS = 480  # of one curve: more than the pixels of a narrow screen
@@ -28,8 +29,8 @@ def curve(pairs: Iterable[tuple[float, float]], points: int = POINTS) -> dict[st
     """At most `points` buckets of neighbouring steps.
 
     Returns:
-        x (the last step of each bucket), y (mean), low, high, and smooth (an exponential mean
-        over all rows); {} without rows.
+        x (the last step of each bucket), y (mean), low, high, and smooth (a moving mean
+        over rows); {} without rows.
     """
     pairs = list(pairs)
     if not pairs:
@@ -121,12 +122,13 @@ def _pack(relative: list[float]) -> str:
 
 
 def _smooth(ys: list[float]) -> list[float]:
-    """Exponential mean with bias correction; its memory is a fiftieth of the run."""
-    keep = 1 - 1 / max(2.0, len(ys) / 50)
-    mean, weight, out = 0.0, 0.0, []
-    for y in ys:
-        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
-        out.append(mean / weight)
+    """The mean of a fiftieth of the run around each row: centred, so that it does not lag; the
+    window narrows towards the ends."""
+    reach, sums = len(ys) // 100, [0.0, *accumulate(ys)]
+    out = []
+    for i in range(len(ys)):
+        r = min(reach, i, len(ys) - 1 - i)
+        out.append((sums[i + r + 1] - sums[i - r]) / (2 * r + 1))
     return out
 
 

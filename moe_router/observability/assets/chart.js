@@ -17,7 +17,7 @@ function chart(host, options) {
 function fillKeys(keys, options) {
   const line = (color, dash) => draw("svg", { width: 18, height: 8 }, draw("line", { x1: 0, x2: 18, y1: 4, y2: 4, stroke: `var(${color})`, "stroke-width": 2.4, "stroke-dasharray": dash || "none" }));
   const add = (picture, name) => keys.append(make("span", {}, picture, name));
-  const many = options.curves.length > 1 || options.points || options.marks?.length || options.level;
+  const many = options.curves.length > 1 || options.points || options.level;
   if (!many) return;
   for (const curve of options.curves) add(line(curve.color, curve.dash), curve.name);
   if (options.points) add(draw("svg", { width: 12, height: 12 }, draw("circle", { cx: 6, cy: 6, r: 4, fill: `var(${options.points.color})` })), options.points.name);

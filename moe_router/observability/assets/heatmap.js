@@ -16,6 +16,7 @@ function heatmaps() {
   const load = data.load;
   if (!load) return;
   byId("maps-card").hidden = false;
+  byId("maps").classList.toggle("few", load.layers.length <= 4 && load.layers.length !== 3);
   const names = ["≤ ¼×", "½×", "mean", "2×", "≥ 4×"].map((text) => make("span", { textContent: text }));
   byId("scale").append(make("i", { style: "background: linear-gradient(90deg, var(--low), var(--mid), var(--high))" }), ...names);
   load.layers.forEach((packed, i) => {

@@ -28,9 +28,9 @@ function lossChart() {
 
 function smallCharts() {
   const one = (title, note, curve, color, more = {}) => has(curve) && card("small", { title, note, curves: [{ name: title.toLowerCase(), color, data: curve, smooth: true }], ...more });
-  one("Tokens per second", "Wall-clock of each step, checkpoints and recoveries apart.", charts.speed, "--c3", { floor: 0, marks, format: compact });
+  one("Tokens per second", "Wall-clock of each step, without checkpoints.", charts.speed, "--c3", { floor: 0, marks, format: compact });
   one("Gradient norm", "Global, before clipping.", charts.grad_norm, "--c4", { floor: 0 });
-  one("Learning rate", "", charts.lr, "--c1", { floor: 0, format: compact });
+  one("Learning rate", "Of each optimizer step.", charts.lr, "--c1", { floor: 0, format: compact });
   const used = Object.entries(charts.losses).filter(([, curve]) => has(curve));
   const color = ["--c1", "--c2", "--c3", "--c4"];
   for (const [i, [name, curve]] of used.entries()) one(`Routing loss: ${name.replaceAll("_", " ")}`, "Unscaled, mean over MoE layers.", curve, color[i % 4]);
@@ -40,7 +40,7 @@ function expertCharts() {
   const routed = has(charts.imbalance) || data.load;
   byId("experts-hint").textContent = routed ? "How evenly the router fills its experts. Blue experts are idle, orange ones are crowded; the mean is neutral." : "This run has no experts: every layer is dense.";
   heatmaps();
-  if (has(charts.imbalance)) card("balance", { title: "Imbalance", note: "Busiest expert over the mean, worst layer; 1 is perfect.", floor: 1, curves: [{ name: "imbalance", color: "--c2", data: charts.imbalance, smooth: true }], marks });
+  if (has(charts.imbalance)) card("balance", { title: "Imbalance", note: "Busiest over mean, worst layer; 1 is perfect.", floor: 1, curves: [{ name: "imbalance", color: "--c2", data: charts.imbalance, smooth: true }], marks });
   if (has(charts.dropped)) {
     const none = charts.dropped.high.every((v) => v === 0);
     card("balance", { title: "Dropped rows", note: none ? "Nothing was dropped." : "Choices that found their expert full.", floor: 0, ceiling: none ? 1 : undefined, curves: [{ name: "dropped", color: "--mark", data: charts.dropped, smooth: true }], format: percent, axis: percent });

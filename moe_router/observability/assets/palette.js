@@ -1,6 +1,7 @@
 // A look for every expert, safe for colour-blind readers and under dark text.
 // Eight hues (Paul Tol's "light" scheme, SRON/EPS/TN/09-002), two depths, then eight textures: 128
-// looks. No reader tells 128 colours apart, so numbers, hover and the legend always say which.
+// looks. No reader tells 128 colours apart, and textures behind letters hurt, so tokens wear the
+// colour alone, and numbers, hover and the legend always say which.
 const HUES = ["#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#44bb99", "#99ddff", "#bbcc33", "#aaaa00"];
 const INK = "rgb(0 0 0 / .30)";
 const TEXTURES = [

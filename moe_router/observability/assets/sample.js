@@ -4,7 +4,10 @@ const view = { layer: 0, only: null, current: -1, tokens: [] };
 
 function startSample() {
   byId("sample").hidden = !sample;
-  if (!sample) return document.querySelector('nav a[href="#sample"]').remove();
+  if (!sample) {
+    document.querySelector('nav a[href="#sample"]').remove();
+    return;
+  }
   for (const layer of sample.layers) {
     layer.target = unpack16(layer.target);
     layer.weight = unpack16(layer.weight);
@@ -14,7 +17,12 @@ function startSample() {
   makeTokens();
   for (const id of ["layers", "legend", "key", "inspector"]) byId(id).hidden = !routed;
   for (const node of document.querySelectorAll(".legend-head, .switch")) node.hidden = !routed;
-  if (!routed) return byId("tokens").parentNode.classList.remove("sample-grid");
+  if (!routed) {
+    byId("sample-title").textContent = "What it wrote";
+    byId("tokens").classList.add("unrouted");
+    byId("tokens").parentNode.classList.remove("sample-grid");
+    return;
+  }
   makeLayers();
   byId("show-numbers").addEventListener("change", (event) => byId("tokens").classList.toggle("numbered", event.target.checked));
   byId("legend-clear").addEventListener("click", () => isolate(null));
@@ -44,13 +52,12 @@ function makeTokens() {
   view.tokens = sample.text.map((text, t) => {
     if (t === 0 && sample.prompt_tokens) box.append(make("span", { className: "turn", textContent: "PROMPT" }));
     if (t === sample.prompt_tokens) box.append(make("span", { className: "turn", textContent: "GENERATED" }));
-    const node = make("span", { className: /^[↵⇥⟨␀-␡]/.test(text) ? "tok plain mark" : "tok plain", textContent: text.replace("\n", ""), tabIndex: -1, role: "img" });
+    const node = make("span", { className: /^[↵⇥⟨]/.test(text) ? "tok plain mark" : "tok plain", textContent: text.replace("\n", ""), tabIndex: -1, role: "img" });
     node.dataset.t = t;
     box.append(node);
     if (text.endsWith("\n")) box.append("\n");
     return node;
   });
-  if (view.tokens.length) view.tokens[0].tabIndex = 0;
   if (!sample.layers.length) return;
   const of = (event) => event.target.closest(".tok");
   box.addEventListener("pointerover", (event) => of(event) && hover(of(event)));
@@ -94,8 +101,9 @@ function showLayer(i) {
     const picks = choices(layer, t), kept = picks.filter((c) => !c.dropped);
     node.classList.toggle("plain", !kept.length);
     node.classList.toggle("dropped", picks.some((c) => c.dropped));
-    node.style.background = kept.length ? expertLook(kept[0].expert, layer.groups) : "";
+    node.style.background = kept.length ? expertColor(kept[0].expert, layer.groups) : "";
     node.style.setProperty("--second", kept.length > 1 ? expertColor(kept[1].expert, layer.groups) : "transparent");
+    node.style.setProperty("--seam", kept.length > 1 ? "rgb(0 0 0 / .55)" : "transparent");
     node.dataset.n = picks.slice(0, 2).map((c) => (c.expert >= layer.groups ? "∅" : c.expert)).join("·") || "–";
     node.setAttribute("aria-label", `${sample.text[t].trim() || "space"}, ${sentence(layer, t)}`);
   });
@@ -125,8 +133,8 @@ function makeLegend(layer) {
     return button;
   }));
   const notes = ["Percentages are shares of this sample's choices."];
-  if (many) notes.push("Looks are eight hues in two depths and eight textures; the number decides.");
-  if (lost) notes.push(`A dashed frame marks a dropped choice: ${lost} of ${rows}.`);
+  if (many) notes.push("Experts share sixteen colours; here eight textures tell them apart, in the text the numbers do.");
+  if (lost) notes.push(`A line above a token marks a dropped choice: ${lost} of ${rows}.`);
   if (nulls) notes.push("∅ is a null expert: the token skipped this layer's work.");
   byId("key").textContent = notes.join(" ");
 }
