@@ -1,4 +1,4 @@
-"""`moe-router`: every command of `moe_router.cli`, which needs no Ray, and `train`."""
+"""`moe-router`: every command of `moe_router.cli`, which needs no Ray, and those of a cluster."""
 
 from typing import Annotated
 
@@ -8,6 +8,10 @@ from rich.console import Console
 from moe_router.cli import INTERRUPTED, Set, app, one_line_errors
 
 __all__ = ["app"]
+
+Address = Annotated[
+    str, typer.Option(metavar="URL", help="http://HOST:PORT of the cluster's dashboard")
+]
 
 
 @app.command()
@@ -40,6 +44,55 @@ def train(
             done = False
     if not done:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def submit(
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+    address: Address,
+    set_: Set = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="move an older run of this name aside")
+    ] = False,
+) -> None:
+    """Train on a cluster, as a Ray Job, and follow it. Ctrl-C looks away, the job goes on."""
+    with one_line_errors():
+        from moe_router.config_file import load_config
+        from moe_router_cluster.jobs import Jobs, for_cluster
+
+        read = for_cluster(load_config(config, set_ or ()))
+        from moe_router_cluster.follow import follow
+
+        jobs = Jobs(address)
+        sent = jobs.submit(read, restart=restart)
+        typer.echo(f"submitted {sent} to {jobs.address}")
+        code = follow(jobs, sent, Console())
+    raise typer.Exit(code)
+
+
+@app.command("jobs")
+def list_or_follow(
+    address: Address,
+    job: Annotated[str | None, typer.Argument(help="follow this one; none: list all")] = None,
+    stop: Annotated[
+        str | None, typer.Option(metavar="JOB", help="end this one; it saves a checkpoint first")
+    ] = None,
+) -> None:
+    """List the jobs of a cluster, follow one again, or stop one."""
+    with one_line_errors():
+        from moe_router_cluster.follow import follow, job_table
+        from moe_router_cluster.jobs import Jobs
+
+        jobs = Jobs(address)
+        if stop is not None:
+            asked = jobs.stop(stop)
+            typer.echo(f"{stop} {'saves a checkpoint and ends' if asked else 'had ended already'}")
+            return
+        if job is None:
+            Console().print(job_table(jobs.all()))
+            return
+        code = follow(jobs, job, Console())
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

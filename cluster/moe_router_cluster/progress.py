@@ -66,7 +66,7 @@ class Pace:
         return (steps - step) * seconds / done if done > 0 else None
 
 
-class _TwoLines(Progress):
+class TwoLines(Progress):
     """A bar, and below it what fits into the width of an 80-column terminal."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -104,7 +104,7 @@ class View:
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[left]}"),
             )
-            self._bar = _TwoLines(*columns, console=self.console, expand=True)
+            self._bar = TwoLines(*columns, console=self.console, expand=True)
             self._task = self._bar.add_task("", total=self._steps, left="")
             self._bar.start()
         return self

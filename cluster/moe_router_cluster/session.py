@@ -63,8 +63,10 @@ def _start(cluster: ClusterConfig) -> None:
     import moe_router_cluster
     import moe_router_kernels
 
-    # sent to every node, so that actors run the very code of the driver
-    modules = [moe_router, moe_router_kernels, moe_router_cluster]
+    # sent to every node, so that actors run the very code of the driver; as paths, for inside a
+    # job Ray copies them, which it cannot do with modules
+    packages = (moe_router, moe_router_kernels, moe_router_cluster)
+    modules = [next(iter(package.__path__)) for package in packages]
     _require_somebody(cluster.address)
     try:
         ray.init(cluster.address, runtime_env={"py_modules": modules}, **quiet)
