@@ -76,49 +76,28 @@ class RouterConfig:
     frozen: bool = False  # a router that never learns: the control of a quality claim
 
     def __post_init__(self) -> None:
-        at = "model.moe"
-        require(self.experts >= 1, f"{at}.experts", self.experts, "at least 1")
-        require(
-            1 <= self.top_k <= self.experts,
-            f"{at}.top_k",
-            self.top_k,
-            f"1..{self.experts} (model.moe.experts)",
-        )
-        require(
-            self.expert_groups >= 1 and self.experts % self.expert_groups == 0,
-            f"{at}.expert_groups",
-            self.expert_groups,
-            f"a divisor of {self.experts} (model.moe.experts)",
-        )
-        require(
-            1 <= self.top_groups <= self.expert_groups,
-            f"{at}.top_groups",
-            self.top_groups,
-            f"1..{self.expert_groups} (model.moe.expert_groups)",
-        )
-        reachable = self.top_groups * self.experts // self.expert_groups + self.null_experts
-        require(
-            self.top_k <= reachable,
-            f"{at}.top_k",
-            self.top_k,
-            f"at most {reachable}, the experts in top_groups groups",
-        )
-        require(
-            self.capacity_factor is None or self.capacity_factor > 0,
-            f"{at}.capacity_factor",
-            self.capacity_factor,
-            "above 0, or null for dropless",
-        )
-        require(self.null_experts >= 0, f"{at}.null_experts", self.null_experts, "0 or more")
-        require(0 <= self.jitter < 1, f"{at}.jitter", self.jitter, "0 <= jitter < 1")
-        require(self.bias_rate >= 0, f"{at}.bias_rate", self.bias_rate, "0 or more")
+        E, groups = self.experts, self.expert_groups
+
+        def need(holds: bool, key: str, want: str) -> None:
+            require(holds, f"model.moe.{key}", getattr(self, key), want)
+
+        need(E >= 1, "experts", "at least 1")
+        need(1 <= self.top_k <= E, "top_k", f"1..{E} (model.moe.experts)")
+        divides = groups >= 1 and E % groups == 0
+        need(divides, "expert_groups", f"a divisor of {E} (model.moe.experts)")
+        in_groups = 1 <= self.top_groups <= groups
+        need(in_groups, "top_groups", f"1..{groups} (model.moe.expert_groups)")
+        reachable = self.top_groups * E // groups + self.null_experts
+        few = self.top_k <= reachable
+        need(few, "top_k", f"at most {reachable}, the experts in top_groups groups")
+        bounded = self.capacity_factor is None or self.capacity_factor > 0
+        need(bounded, "capacity_factor", "above 0, or null for dropless")
+        need(self.null_experts >= 0, "null_experts", "0 or more")
+        need(0 <= self.jitter < 1, "jitter", "0 <= jitter < 1")
+        need(self.bias_rate >= 0, "bias_rate", "0 or more")
         if self.policy == "expert_choice":
-            require(
-                self.null_experts == 0 and self.expert_groups == 1 and self.bias_rate == 0,
-                f"{at}.policy",
-                self.policy,
-                "no null_experts, expert_groups or bias_rate beside it",
-            )
+            alone = self.null_experts == 0 and groups == 1 and self.bias_rate == 0
+            need(alone, "policy", "no null_experts, expert_groups or bias_rate beside it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
