@@ -246,4 +246,5 @@ def test_a_cluster_file_is_one_that_ray_up_takes(name):
     starts = [head, *read["worker_start_ray_commands"][1:]]
     assert all("RAY_AUTH_MODE=token ray start" in line for line in starts)
     assert "~/.ray/auth_token" in read["file_mounts"].values()
-    assert any("moe_router-*.whl" in line for line in read["setup_commands"])
+    for which in ("head_setup_commands", "worker_setup_commands"):
+        assert any("moe_router-*.whl" in line for line in whole[which])
