@@ -27,13 +27,14 @@ ARGS ?=
 # $(call timed,what,command): runs it and says how long it took
 timed = start=$$SECONDS; $(2) || exit; printf '%-52s %5d s\n' '$(1)' $$((SECONDS - start))
 
-.PHONY: help demo test test-slow lint types setup clean venv
+.PHONY: help demo test test-slow lint types stubs setup clean venv
 help:
 	@echo 'make demo       set up, train, kill an actor, recover, speak: about 3 minutes'
 	@echo 'make test       set up, pass the tests'
 	@echo 'make test-slow  the tests that take longer'
 	@echo 'make lint       ruff and the import linter'
 	@echo 'make types      mypy --strict'
+	@echo 'make stubs      the gRPC stubs of moe_router/serving/router.proto'
 	@echo 'make setup      the virtual environment in $(VENV) alone'
 	@echo 'make clean      remove it, and what tools left behind; runs/ and data/ stay'
 
@@ -55,6 +56,10 @@ lint: setup
 
 types: setup
 	@$(call timed,mypy,$(BIN)/mypy)
+
+# tests/serving/test_stubs.py holds that they are what router.proto says
+stubs: setup
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. moe_router/serving/router.proto
 
 setup: $(VENV)/.ready
 

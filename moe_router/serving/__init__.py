@@ -1,0 +1,1 @@
+"""Requests from outside: the engine, the HTTP and gRPC fronts. router.proto is the gRPC contract."""
