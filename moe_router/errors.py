@@ -7,6 +7,9 @@ MoeRouterError
 ├── NotCausalError    generate was asked of a model whose routing looks at later tokens
 ├── NonFiniteError    the loss or a gradient became NaN or infinite
 ├── PeerLostError     another rank died or stopped answering; the group must be formed anew
+├── GatingError       the gating service was asked something it cannot answer
+│   ├── UnknownRouterError  no router is registered under that model and layer
+│   └── StaleEpochError     what ranks share has changed since; take the new snapshot
 └── ClusterError      Ray could not give what was asked, or too many actors were lost
 """
 
@@ -36,6 +39,18 @@ class NonFiniteError(MoeRouterError, ArithmeticError):
 
 
 class PeerLostError(MoeRouterError, RuntimeError):
+    pass
+
+
+class GatingError(MoeRouterError, ValueError):
+    pass
+
+
+class UnknownRouterError(GatingError):
+    pass
+
+
+class StaleEpochError(GatingError):
     pass
 
 

@@ -1,0 +1,205 @@
+"""The server under the services, over real connections on loopback."""
+
+import asyncio
+import shutil
+import subprocess
+from functools import partial
+
+import grpc
+import pytest
+
+from moe_router.errors import (
+    CheckpointError,
+    ClusterError,
+    ConfigError,
+    NotCausalError,
+    StaleEpochError,
+    UnknownRouterError,
+)
+from moe_router.serving import router_pb2 as pb
+from moe_router.serving.grpc_server import MAX_MESSAGE, Tls, is_loopback, serve_grpc
+from moe_router.serving.router_pb2_grpc import (
+    GenerationServicer,
+    GenerationStub,
+    RouterStub,
+    add_GenerationServicer_to_server,
+)
+
+Code = grpc.StatusCode
+
+
+class Echo(GenerationServicer):
+    """Says how long the prompt was, twice; raises what it is told to."""
+
+    def __init__(self, wrong: Exception | None = None) -> None:
+        self.wrong = wrong
+
+    async def Health(self, request, context):
+        if self.wrong is not None:
+            raise self.wrong
+        return pb.HealthReply(ok=True)
+
+    async def Generate(self, request, context):
+        yield pb.GenerateEvent(text=str(len(request.text)))
+        if self.wrong is not None:
+            raise self.wrong
+        yield pb.GenerateEvent(finish_reason="stop")
+
+
+def talk(client, *, wrong=None, **options):
+    """Serve Echo and run `client(channel)`."""
+
+    async def go():
+        add = partial(add_GenerationServicer_to_server, Echo(wrong))
+        server, port = await serve_grpc([add], **options)
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                return await client(channel)
+        finally:
+            await server.stop(None)
+
+    return asyncio.run(go())
+
+
+async def health(channel, metadata=None):
+    return await GenerationStub(channel).Health(pb.HealthRequest(), metadata=metadata)
+
+
+async def generate(channel, text="four", metadata=None):
+    call = GenerationStub(channel).Generate(pb.GenerateRequest(text=text), metadata=metadata)
+    return [event async for event in call]
+
+
+def code_of(client, **options):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        talk(client, **options)
+    return refused.value.code(), refused.value.details()
+
+
+def test_both_kinds_of_method_pass():
+    assert talk(health).ok
+    assert [event.text for event in talk(generate)] == ["4", ""]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        (("authorization", "Bearer secre"),),
+        (("authorization", "Bearer secrets"),),
+        (("authorization", "secret"),),
+        (("authorization", "bearer secret"),),
+        (("authorization", ""),),
+        (("authorization", "Bearer secret"), ("authorization", "Bearer secret")),
+    ],
+)
+def test_without_the_very_token_nothing_is_answered(metadata):
+    for client in (health, generate):
+        code, said = code_of(partial(client, metadata=metadata), token="secret")
+        assert code is Code.UNAUTHENTICATED and "secret" not in said
+
+
+def test_the_token_opens():
+    mine = (("authorization", "Bearer secret"),)
+    assert talk(partial(health, metadata=mine), token="secret").ok
+    assert len(talk(partial(generate, metadata=mine), token="secret")) == 2
+
+
+def test_a_stranger_does_not_learn_which_methods_there_are():
+    async def unknown(channel):
+        return await RouterStub(channel).Route(pb.RouteRequest())
+
+    assert code_of(unknown, token="secret")[0] is Code.UNAUTHENTICATED
+    assert code_of(unknown)[0] is Code.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        (ConfigError("top_k=0: want 1"), Code.INVALID_ARGUMENT),
+        (UnknownRouterError("router m/3: not registered"), Code.NOT_FOUND),
+        (StaleEpochError("epoch 1: want 2"), Code.FAILED_PRECONDITION),
+        (NotCausalError("routing looks ahead"), Code.FAILED_PRECONDITION),
+        (ClusterError("gating service is gone"), Code.UNAVAILABLE),
+        (CheckpointError("step_5: truncated"), Code.INTERNAL),
+    ],
+)
+def test_our_errors_are_told_in_their_own_words(wrong, code):
+    for client in (health, generate):
+        assert code_of(client, wrong=wrong) == (code, str(wrong))
+
+
+def test_a_bug_is_logged_and_not_told(caplog):
+    for client in (health, generate):
+        caplog.clear()
+        code, said = code_of(client, wrong=KeyError("/home/me/secret.py"))
+        assert code is Code.INTERNAL and "secret" not in said and "KeyError" not in said
+        assert "/home/me/secret.py" in caplog.text
+
+
+def test_a_request_beyond_the_limit_is_refused():
+    code, _ = code_of(partial(generate, text="x" * (MAX_MESSAGE + 1)))
+    assert code is Code.RESOURCE_EXHAUSTED
+    assert talk(partial(generate, text="x" * (MAX_MESSAGE - 100)))[0].text
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_an_open_address_needs_a_token(host):
+    with pytest.raises(ConfigError, match=r"gRPC host=.*: want a token where others can") as said:
+        talk(health, host=host)
+    assert "\n" not in str(said.value)
+
+
+def test_an_open_address_with_a_token_is_served():
+    mine = (("authorization", "Bearer secret"),)
+    assert talk(partial(health, metadata=mine), host="0.0.0.0", token="secret").ok
+
+
+@pytest.mark.parametrize("token", ["", "two words", "schlüssel", "line\nfeed"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(token):
+    with pytest.raises(ConfigError, match=r"gRPC token=.* characters: want") as said:
+        talk(health, token=token)
+    assert not token or token not in str(said.value)
+
+
+def test_loopback():
+    assert [is_loopback(h) for h in ("127.0.0.1", "127.9.0.1", "::1", "localhost")] == [True] * 4
+
+
+def test_a_taken_port_is_refused():
+    async def twice():
+        server, port = await serve_grpc([])
+        try:
+            await serve_grpc([], port=port)
+        finally:
+            await server.stop(None)
+
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:.*; want a free port"):
+        asyncio.run(twice())
+
+
+def test_tls(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, to make a certificate")
+    pem = Tls(tmp_path / "cert.pem", tmp_path / "key.pem")
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", str(pem.key), "-out", str(pem.certificate)]
+    subprocess.run([*make.split(), *names, *files], check=True, capture_output=True)
+
+    async def go():
+        add = partial(add_GenerationServicer_to_server, Echo())
+        server, port = await serve_grpc([add], tls=pem)
+        try:
+            trust = grpc.ssl_channel_credentials(pem.certificate.read_bytes())
+            async with grpc.aio.secure_channel(f"localhost:{port}", trust) as channel:
+                return await health(channel)
+        finally:
+            await server.stop(None)
+
+    assert asyncio.run(go()).ok
+
+
+def test_a_missing_certificate_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"gRPC TLS: .*key.pem cannot be read"):
+        talk(health, tls=Tls(tmp_path / "cert.pem", tmp_path / "key.pem"))
