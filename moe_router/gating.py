@@ -1,0 +1,250 @@
+"""The gating service: what the ranks of a run share, under an epoch, and `route` for outsiders.
+
+It covers no transport (gRPC is in `serving`, the actor in `cluster`), and no token of a training
+step passes through it: every rank runs the gate on its own device. See docs/gating.md.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_router.errors import GatingError, StaleEpochError, UnknownRouterError
+from moe_router.gating_records import RouterWeights, Snapshot
+from moe_router.placement import Placement
+from moe_router.routing import Router, make_plan
+from moe_router.routing.decide import capacity
+from moe_router.types import Choice, Plan, Tokens
+from moe_router_kernels import reference
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What `route` answers.
+
+    Attributes:
+        choice, plan: as a routed layer makes them.
+        capacity: most rows an expert takes of this batch; None is dropless.
+        position_TK: int32, place of each choice among its expert's rows; -1 is dropped or none.
+    """
+
+    epoch: int
+    choice: Choice
+    plan: Plan
+    capacity: int | None
+    position_TK: Tensor
+
+
+class GatingService:
+    """Thread-safe. Epoch 0 means that nothing was published yet.
+
+    Args:
+        decay: what a load report leaves of the average before it, in [0, 1).
+        heartbeat_timeout_s: silence after which a rank no longer counts as alive.
+        clock: seconds that never go back.
+
+    Raises:
+        GatingError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        decay: float = 0.9,
+        heartbeat_timeout_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        _need(0 <= decay < 1, "decay", decay, "0 <= decay < 1")
+        _need(heartbeat_timeout_s > 0, "heartbeat_timeout_s", heartbeat_timeout_s, "above 0 s")
+        self._decay, self._timeout_s, self._clock = decay, heartbeat_timeout_s, clock
+        self._changed = threading.Condition()
+        self._seen: dict[int, float] = {}  # by rank, when it was last heard of
+        self._load: dict[int, Tensor] = {}  # by rank, the average of its reports
+        self._routers: dict[tuple[str, int], Router] = {}  # replaced whole, so read unlocked
+        self._agreed = Snapshot(0, 0, Placement(()), None, (), (), torch.zeros(0, 0))
+
+    def publish(
+        self,
+        *,
+        epoch: int,
+        step: int,
+        placement: Placement,
+        capacity_factor: float | None,
+        routers: Sequence[RouterWeights],
+    ) -> Snapshot:
+        """Begin an epoch. Who publishes counts the epochs, so they outlive this service.
+
+        Args:
+            epoch: above the present one; the present one again changes nothing.
+            step: the checkpointed step from which it holds.
+            capacity_factor: multiple of an expert's mean load, for every router; None is dropless.
+            routers: all there are; each replaces the factor of its config by that one.
+
+        Raises:
+            StaleEpochError: an epoch that has passed.
+            GatingError: a router of other experts than the placement's, twice the same router,
+                weights that do not fit, or a factor that is not above 0.
+        """
+        _need(epoch >= 1 and step >= 0, "epoch, step", (epoch, step), "epoch >= 1, step >= 0")
+        finite = capacity_factor is None or 0 < capacity_factor < math.inf
+        _need(finite, "capacity_factor", capacity_factor, "above 0, or None for dropless")
+        ordered = sorted(routers, key=lambda router: router.key)
+        for router in ordered:
+            found, E = router.config.experts, placement.experts
+            _need(found == E, f"experts of {router.name}", found, f"{E} (placement)")
+        ordered = [router.limited(capacity_factor) for router in ordered]
+        built = {router.key: router.build().eval() for router in ordered}
+        _need(len(built) == len(ordered), "routers", len(ordered), "each model and layer once")
+        with self._changed:
+            present = self._agreed
+            if epoch < present.epoch:
+                raise StaleEpochError(f"publish epoch {epoch}: want one above {present.epoch}")
+            if epoch > present.epoch:
+                empty_LE = torch.zeros(len(ordered), placement.experts)
+                self._agreed = Snapshot(
+                    epoch, step, placement, capacity_factor, tuple(ordered), (), empty_LE
+                )
+                self._routers = built
+                self._keep_only_what_fits()
+                self._changed.notify_all()
+            return self._present()
+
+    def snapshot(self) -> Snapshot:
+        """The present epoch's, with the ranks and the load of this moment."""
+        with self._changed:
+            return self._present()
+
+    def watch(self, after_epoch: int, timeout_s: float) -> Snapshot | None:
+        """Wait for an epoch other than `after_epoch`; None if there was none in `timeout_s`.
+
+        With after_epoch=0 it waits for the first one only, and else returns at once.
+        """
+        _need(timeout_s >= 0, "timeout_s", timeout_s, "0 s or more")
+        with self._changed:
+            came = self._changed.wait_for(lambda: self._agreed.epoch != after_epoch, timeout_s)
+            return self._present() if came else None
+
+    def heartbeat(self, rank: int) -> int:
+        """A rank lives. Returns the epoch, for it to compare with its own.
+
+        Raises:
+            StaleEpochError: nothing is published yet.
+            GatingError: no such rank in the placement.
+        """
+        with self._changed:
+            present = self._agreed
+            if present.epoch == 0:
+                raise StaleEpochError(f"rank {rank}: nothing is published yet; try again later")
+            ranks = present.placement.ranks
+            _need(0 <= rank < ranks, "rank", rank, f"0..{ranks - 1} (placement)")
+            if rank not in self._alive():
+                self._load.pop(rank, None)  # what it chose before it was silent is old
+            self._seen[rank] = self._clock()
+            return present.epoch
+
+    def report_load(self, rank: int, epoch: int, load_LE: Tensor) -> None:
+        """Add to a rank's moving average; counts as a heartbeat, even when it is stale.
+
+        Args:
+            load_LE: (L, E) choices of the rank's own tokens in one step; row l is that of
+                `snapshot().routers[l]`.
+
+        Raises:
+            StaleEpochError: of another epoch than the present one.
+            GatingError: no such rank, another shape, or values that are no counts.
+        """
+        with self._changed:
+            self._need_epoch(f"load of rank {rank}", epoch, self.heartbeat(rank))
+            want, got = tuple(self._agreed.load_LE.shape), tuple(load_LE.shape)
+            _need(got == want, f"load of rank {rank}", got, f"layers x experts {want}")
+            new_LE = load_LE.detach().to("cpu", torch.float32, copy=True)
+            sound = bool((torch.isfinite(new_LE) & (new_LE >= 0)).all())
+            _need(sound, f"load of rank {rank}", "NaN, infinite or negative", "counts")
+            if rank in self._load:
+                new_LE = self._decay * self._load[rank] + (1 - self._decay) * new_LE
+            self._load[rank] = new_LE
+
+    @torch.no_grad()
+    def route(
+        self, model: str, layer: int, epoch: int, x_TD: Tensor, offsets_B1: Tensor | None = None
+    ) -> Decision:
+        """Decide for tokens from outside, by the published Router in evaluation mode.
+
+        Args:
+            x_TD: (T, D) hidden states, fp32 or bf16.
+            offsets_B1: int32 bounds of the sequences in T; default: one sequence.
+
+        Raises:
+            UnknownRouterError: no such model and layer.
+            StaleEpochError: of another epoch than the present one.
+            GatingError: another D or dtype, bounds that are none, values that are not finite.
+        """
+        with self._changed:
+            agreed, routers = self._agreed, self._routers
+        router = routers.get((model, layer))
+        if router is None:
+            known = ", ".join(r.name for r in agreed.routers) or "none"
+            raise UnknownRouterError(f"router {model}/{layer}: not published; there are: {known}")
+        self._need_epoch(f"route by {model}/{layer}", epoch, agreed.epoch)
+        dim = next(r.dim for r in agreed.routers if r.key == (model, layer))
+        tokens = _tokens(f"{model}/{layer}", x_TD, dim, offsets_B1)
+        choice, config = router(tokens), router.config
+        bounded = config.policy == "expert_choice" or config.capacity_factor is not None
+        limit = capacity(x_TD.size(0), config) if bounded else None
+        plan = make_plan(
+            choice, config.experts, capacity=limit, drop=config.drop, position_T=tokens.position_T
+        )
+        return Decision(epoch, choice, plan, limit, _positions(choice, plan))
+
+    def _present(self) -> Snapshot:
+        alive = self._alive()
+        # in order of rank: the sum does not depend on who reported first
+        load_LE = sum((self._load[r] for r in alive if r in self._load), self._agreed.load_LE)
+        return replace(self._agreed, alive=alive, load_LE=load_LE.clone())
+
+    def _alive(self) -> tuple[int, ...]:
+        since = self._clock() - self._timeout_s
+        return tuple(rank for rank in sorted(self._seen) if self._seen[rank] >= since)
+
+    def _keep_only_what_fits(self) -> None:
+        """Forget ranks and loads that the new placement has no place for."""
+        ranks, shape = self._agreed.placement.ranks, self._agreed.load_LE.shape
+        self._seen = {r: at for r, at in self._seen.items() if r < ranks}
+        fitting = {r: x for r, x in self._load.items() if r < ranks and x.shape == shape}
+        self._load = fitting
+
+    def _need_epoch(self, where: str, got: int, want: int) -> None:
+        if got != want:
+            raise StaleEpochError(f"{where}: epoch {got}, want {want}; take the present snapshot")
+
+
+def _tokens(where: str, x_TD: Tensor, dim: int, offsets_B1: Tensor | None) -> Tokens:
+    """Checked, with the positions that the bounds give."""
+    fits = x_TD.dim() == 2 and x_TD.size(1) == dim
+    _need(fits, f"x_TD for {where}", tuple(x_TD.shape), f"(T, {dim})")
+    known = x_TD.dtype in (torch.float32, torch.bfloat16)
+    _need(known, f"x_TD for {where}", x_TD.dtype, "float32 or bfloat16")
+    _need(bool(x_TD.isfinite().all()), f"x_TD for {where}", "NaN or infinite", "finite values")
+    T = x_TD.size(0)
+    bounds = torch.tensor([0, T]) if offsets_B1 is None else offsets_B1.to("cpu", torch.int64)
+    sound = bounds.dim() == 1 and bounds.numel() >= 2 and int(bounds[0]) == 0
+    sound = sound and int(bounds[-1]) == T and bool((bounds.diff() >= 0).all())
+    shown = bounds.flatten()[:8].tolist()
+    _need(sound, f"offsets_B1 for {where}", shown, f"0, ascending, and {T} at the end")
+    position_T = torch.arange(T) - bounds[reference.sequence_of(bounds, T)]
+    return Tokens(x_TD, position_T.int(), bounds.int())
+
+
+def _positions(choice: Choice, plan: Plan) -> Tensor:
+    """(T, K) int32: rows of an expert lie together, so the row less the expert's first one."""
+    first_TK = plan.offsets_G1[choice.target_TK.clamp(min=0).long()]
+    return torch.where(plan.row_TK < 0, -1, plan.row_TK - first_TK)
+
+
+def _need(holds: bool, where: str, got: object, want: str) -> None:
+    if not holds:
+        raise GatingError(f"{where}: got {got}, want {want}")
