@@ -10,6 +10,8 @@ from moe_router.errors import ConfigError
 
 Kernels = Literal["auto", "reference"]  # reference: the specification, plain torch
 
+RouterKind = Literal["linear", "mlp", "position"]  # position: a control, sees no content
+
 
 def require(holds: bool, key: str, got: object, want: str) -> None:
     """Refuse a value in one line: which key, what it is, what it must be."""
@@ -58,7 +60,7 @@ class RouterConfig:
     top_k: int
     policy: Literal["top_k", "expert_choice"] = "top_k"
     score: Literal["softmax", "sigmoid"] = "softmax"
-    router: Literal["linear", "mlp", "position"] = "linear"  # position: a control, sees no content
+    router: RouterKind = "linear"
     router_hidden: int = 64  # width of the mlp router, features of the position router
     renormalise: bool = True  # weights of a token sum to 1
     scale: float = 1.0  # factor on every weight
@@ -116,6 +118,41 @@ class MoEConfig(RouterConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingConfig:
+    """Which blocks a token takes. Equations: docs/routing.md."""
+
+    kind: Literal["skip", "halt", "prune"]
+    keep: float = 0.5  # skip: of a sequence, what a routed block computes; prune: what it leaves
+    every: int = 2  # every n-th block is routed
+    first: int = 1  # blocks before this one are not
+    router: RouterKind = "linear"
+    router_hidden: int = 64  # width of the mlp router and predictor, features of the position
+    predictor: Literal["score", "mlp"] = "score"  # skip: who decides where later tokens are unknown
+    predictor_loss: float = 0.01  # coefficient of what teaches it
+    threshold: float = 0.99  # halt: sum of halting probabilities at which a token halts
+    start: float = -3.0  # halt: logit of that probability before any training
+    ponder_loss: float = 0.01  # halt: coefficient of steps plus remainder
+    frozen: bool = False  # a router that never learns: the control of a quality claim
+
+    def __post_init__(self) -> None:
+        for key, holds, want in (
+            ("keep", 0 < self.keep <= 1, "0 < keep <= 1, a fraction of the tokens"),
+            ("every", self.every >= 1, "at least 1"),
+            ("first", self.first >= 0, "0 or more"),
+            ("router_hidden", self.router_hidden >= 1, "at least 1"),
+            ("threshold", 0 < self.threshold <= 1, "0 < threshold <= 1"),
+            ("predictor_loss", self.predictor_loss >= 0, "0 or more"),
+            ("ponder_loss", self.ponder_loss >= 0, "0 or more"),
+        ):
+            require(holds, f"model.routing.{key}", getattr(self, key), want)
+
+    @property
+    def loss_scale(self) -> dict[str, float]:
+        """Coefficient of each loss of a router in depth."""
+        return {"predictor": self.predictor_loss, "ponder": self.ponder_loss}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     layers: int
     dim: int
@@ -126,6 +163,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     moe: MoEConfig | None = None  # null: every layer is dense
+    routing: RoutingConfig | None = None  # null: every token takes every block
 
     def __post_init__(self) -> None:
         for key in ("layers", "dim", "heads", "kv_heads", "hidden"):
@@ -142,6 +180,26 @@ class ModelConfig:
             self.kv_heads,
             f"a divisor of {self.heads} (model.heads)",
         )
+
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        routing, moe = self.routing, self.moe
+        if routing is None:
+            return
+        last = self.layers - (1 if routing.kind == "skip" else 2)
+        want = f"at most {last}: a model of {self.layers} layers has no routed block after it"
+        require(routing.first <= last, "model.routing.first", routing.first, want)
+        if moe is not None:
+            steady, jitter = moe.jitter == 0, "0 beside model.routing: it names tokens by place"
+            require(steady, "model.moe.jitter", moe.jitter, jitter)
+
+    def routes(self, layer: int, kind: str) -> bool:
+        """Whether block `layer` is routed in depth, in this way."""
+        routing = self.routing
+        if routing is None or routing.kind != kind or layer < routing.first:
+            return False
+        return (layer - routing.first) % routing.every == 0
 
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` has experts in the place of its dense SwiGLU."""

@@ -89,6 +89,25 @@ class Routed:
 
 
 @dataclass(frozen=True, slots=True)
+class HaltState:
+    """How far each token of a pass has come towards halting. Source: docs/routing.md.
+
+    Attributes:
+        plan: the tokens that still go on: their rows, R of them exactly, by sequence.
+        cumulative_T: fp32, sum of the halting probabilities so far; 1 once halted.
+        remainder_T: fp32, what was left to 1 when the token halted; 0 before.
+        steps_T: int32, routed steps that computed the token.
+        output_TD: mean of the token's states by probability; whole once it has halted.
+    """
+
+    plan: Plan
+    cumulative_T: Tensor
+    remainder_T: Tensor
+    steps_T: Tensor
+    output_TD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class NoiseKey:
     """Names a draw of noise, so that it is the same for any number of ranks and after a resume.
 

@@ -114,6 +114,17 @@ def serve_by_score(weight_TK: Tensor) -> Tensor:
     return weight_TK.flatten().argsort(descending=True, stable=True)
 
 
+def best_of_sequence(logit_T: Tensor, offsets_B1: Tensor, kept_B: Tensor) -> Tensor:
+    """(T, 1) int32: the sequence of each token that is among the `kept` best of it, -1 for others.
+
+    Source: Mixture-of-Depths, Raposo et al. 2024, arXiv:2404.02258, section 3.4.
+    """
+    sequence_T = sequence_of(offsets_B1, logit_T.numel())
+    order = serve_by_score(logit_T[:, None])
+    rank_T1 = rank_in_group(sequence_T[:, None].int(), kept_B.numel(), order)
+    return torch.where(rank_T1 < kept_B[sequence_T, None], sequence_T[:, None], -1).int()
+
+
 # --- move rows -------------------------------------------------------------------------------
 
 

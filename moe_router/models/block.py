@@ -1,19 +1,38 @@
-"""The transformer block: attention, then a dense or a routed feed-forward layer."""
+"""The transformer block: attention, then a dense or a routed feed-forward layer; for every token,
+or for those that a router keeps."""
+
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from moe_router.config import Kernels, ModelConfig
-from moe_router.dispatch import Dispatcher
+from moe_router.dispatch import Dispatcher, Local
 from moe_router.layers.moe import MoE
+from moe_router.layers.skip import Skip
 from moe_router.layers.swiglu import SwiGLU
 from moe_router.models.attention import Attention
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.norm import RMSNorm
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn
+from moe_router.models.stream import Stream
 from moe_router.placement import Placement
 from moe_router.routing import Context
-from moe_router.types import Routed, Tokens
+from moe_router.routing.depth import Kept
+from moe_router.types import Choice, Routed, Tokens
+
+
+class BlockOutput(NamedTuple):
+    """Attributes:
+    x_TD: the next residual stream.
+    routed: what the experts did with the tokens that came to them; None for a dense block.
+    choice, kept: which tokens the block computed; None: every one.
+    """
+
+    x_TD: Tensor
+    routed: Routed | None
+    choice: Choice | None = None
+    kept: Kept | None = None
 
 
 class Block(nn.Module):
@@ -50,6 +69,9 @@ class Block(nn.Module):
             )
         else:
             self.mlp = SwiGLU(config.dim, config.hidden)
+        self.skip: Skip | None = None
+        if config.routing is not None and config.routes(layer, "skip"):
+            self.skip = Skip(config.dim, config.routing, total=(dispatcher or Local()).total)
 
     def forward(
         self,
@@ -59,15 +81,31 @@ class Block(nn.Module):
         packing: Packing,
         context: Context,
         cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Routed | None]:
-        """The next x_TD, and what the routed layer did if there is one.
+    ) -> BlockOutput:
+        """x_TD is an argument of its own, not in a Stream, so that FSDP2 finds its gradient."""
+        stream = Stream(x_TD, position_T, turn, packing)
+        if self.skip is None:
+            x_TD = x_TD + self._attend(stream, cache)
+            delta_TD, routed = self._feed(x_TD, stream, context)
+            return BlockOutput(x_TD + delta_TD, routed)
+        choice, kept = self.skip.choose(stream.tokens, packing.lengths, context)
+        rows = stream.take(kept)
+        attention_RD = self._attend(rows, cache)
+        inside = context.part("block").within(kept.plan)
+        delta_RD, routed = self._feed(rows.x_TD + attention_RD, rows, inside)
+        delta_TD = self.skip.scatter(attention_RD + delta_RD, choice, kept)
+        return BlockOutput(x_TD + delta_TD, routed, choice, kept)
 
-        x_TD is an argument of its own, not a field of Tokens, so that FSDP2 finds its gradient.
-        """
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), turn, packing, cache)
+    def _attend(self, stream: Stream, cache: LayerCache | None) -> Tensor:
+        normed_TD = self.attention_norm(stream.x_TD)
+        delta_TD: Tensor = self.attention(normed_TD, stream.turn, stream.packing, cache)
+        return delta_TD
+
+    def _feed(self, x_TD: Tensor, stream: Stream, context: Context) -> tuple[Tensor, Routed | None]:
         normed_TD = self.mlp_norm(x_TD)
         if self.moe is None:
             assert self.mlp is not None
-            return x_TD + self.mlp(normed_TD), None
-        routed: Routed = self.moe(Tokens(normed_TD, position_T, packing.offsets_B1), context)
-        return x_TD + routed.delta_TD, routed
+            return self.mlp(normed_TD), None
+        tokens = Tokens(normed_TD, stream.position_T, stream.packing.offsets_B1)
+        routed: Routed = self.moe(tokens, context)
+        return routed.delta_TD, routed

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from moe_router.errors import ConfigError, NotCausalError
-from moe_router.models.block import Block
 from moe_router.models.causal_lm import CausalLM
 from moe_router.models.kv_cache import KVCache
 from moe_router.models.sampling import Sampling, sample, sampling_noise
@@ -98,10 +97,10 @@ def _prefill(
 
 
 def _refuse_non_causal(model: CausalLM) -> None:
-    for i, block in enumerate(model.blocks):
-        if isinstance(block, Block) and block.moe is not None and not block.moe.causal:
+    for i, moe in enumerate(model.moes):
+        if moe is not None and not moe.causal:
             raise NotCausalError(
-                f"blocks.{i}.moe: policy={block.moe.config.policy} chooses by looking at later "
+                f"blocks.{i}.moe: policy={moe.config.policy} chooses by looking at later "
                 "tokens, generate wants a causal model: train one with model.moe.policy=top_k"
             )
 

@@ -11,7 +11,7 @@ class StepRecord:
     Attributes:
         step: counts from 1.
         loss: mean cross-entropy, nats per token.
-        losses: the routing losses, unscaled, mean over MoE layers and micro-steps.
+        losses: the routing losses, unscaled, mean over their routers and micro-steps.
         grad_norm: global L2 norm before clipping.
         lr: learning rate of the step.
         tokens: trained on in the step.

@@ -1,11 +1,13 @@
 """What one forward pass carries besides tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from moe_router.routing.ledger import Ledger
-from moe_router.types import NoiseKey, Observe
+from moe_router.types import Choice, NoiseKey, Observe, Plan
 
 Held = TypeVar("Held")
 
@@ -13,7 +15,7 @@ Held = TypeVar("Held")
 class PlanMemory:
     """Remembers a layer's decisions, so that a recomputed forward takes the same ones.
 
-    One memory serves one routed layer of one forward pass.
+    One memory serves one routed layer of one forward pass; `Context.part` gives more of them.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,37 @@ class Context:
         """`make()`, or what it returned when this pass ran first."""
         return make() if self.memory is None else self.memory.recall(name, make)
 
+    def part(self, name: str) -> "Context":
+        """The context of one routed part of a block that has several."""
+        if self.memory is None:
+            return self
+        return replace(self, memory=self.memory.recall(name, PlanMemory))
+
+    def within(self, plan: Plan) -> "Context":
+        """The context of a layer that sees the rows of `plan`, one choice each: its choices are
+        observed by token, -1 for those without a row."""
+        observe = self.observe
+        if observe is None:
+            return self
+
+        def by_token(layer: int, choice: Choice, rows: Plan) -> None:
+            observe(layer, *_by_token(choice, rows, plan))
+
+        return replace(self, observe=by_token)
+
     @property
     def recomputing(self) -> bool:
         return bool(self.memory)
+
+
+def _by_token(choice: Choice, rows: Plan, plan: Plan) -> tuple[Choice, Plan]:
+    row_T = plan.row_TK[:, 0]
+
+    def spread(value_RK: Tensor, none: int) -> Tensor:
+        value_TK = value_RK.new_full((row_T.numel(), value_RK.size(1)), none)
+        value_TK[plan.src_R] = value_RK
+        return value_TK
+
+    target_TK, row_TK = spread(choice.target_TK, -1), spread(rows.row_TK, -1)
+    weight_TK = spread(choice.weight_TK.detach(), 0)
+    return Choice(target_TK, weight_TK), replace(rows, row_TK=row_TK)

@@ -11,21 +11,21 @@ class Ledger:
 
     def __init__(self) -> None:
         self._executed: dict[str, list[Tensor | int]] = defaultdict(list)
-        self._dense: dict[str, int] = defaultdict(int)
+        self._dense: dict[str, list[Tensor | int]] = defaultdict(list)
 
-    def add(self, op: str, executed_flops: Tensor | int, dense_flops: int) -> None:
+    def add(self, op: str, executed_flops: Tensor | int, dense_flops: Tensor | int) -> None:
         """Count one call of `op`.
 
         Args:
             executed_flops: what ran, 2 per multiply-add; a scalar tensor stays on its device.
-            dense_flops: what the layer costs when every token takes it.
+            dense_flops: what the layer costs when every token takes it; likewise.
         """
         self._executed[op].append(executed_flops)
-        self._dense[op] += dense_flops
+        self._dense[op].append(dense_flops)
 
     def by_op(self) -> dict[str, tuple[int, int]]:
         """(executed, dense) FLOPs of each op. Waits for the device."""
-        return {op: (_sum(parts), self._dense[op]) for op, parts in self._executed.items()}
+        return {op: (_sum(ran), _sum(self._dense[op])) for op, ran in self._executed.items()}
 
     def totals(self) -> tuple[int, int]:
         """(executed, dense) FLOPs of all ops. Waits for the device."""

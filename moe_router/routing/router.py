@@ -30,7 +30,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        self.score = make_score(dim, config)
+        groups = config.experts + config.null_experts
+        self.score = make_score(dim, groups, config.router, config.router_hidden)
         self.score.requires_grad_(not config.frozen)
         balanced = config.bias_rate > 0
         self.register_buffer("bias_E", torch.zeros(config.experts), persistent=balanced)

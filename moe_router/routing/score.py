@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_router.config import RouterConfig
+from moe_router.config import RouterKind
 from moe_router_kernels import reference
 
 
@@ -48,13 +48,14 @@ class PositionScore(nn.Module):
         )
 
 
-def make_score(dim: int, config: RouterConfig) -> LinearScore | MLPScore | PositionScore:
-    """The module that `config.router` names."""
-    groups = config.experts + config.null_experts
-    match config.router:
+def make_score(
+    dim: int, groups: int, kind: RouterKind, hidden: int
+) -> LinearScore | MLPScore | PositionScore:
+    """The module that `kind` names; hidden: width of the mlp, or features of the position."""
+    match kind:
         case "linear":
             return LinearScore(dim, groups)
         case "mlp":
-            return MLPScore(dim, config.router_hidden, groups)
+            return MLPScore(dim, hidden, groups)
         case "position":
-            return PositionScore(config.router_hidden, groups)
+            return PositionScore(hidden, groups)

@@ -1,1 +1,1 @@
-"""Requests from outside: the engine, the HTTP and gRPC fronts. router.proto is the gRPC contract."""
+"""Requests from outside: engine, HTTP and gRPC fronts. router.proto is the gRPC contract."""

@@ -187,7 +187,7 @@ class Trainer:
         cross_entropy = token_loss(output.logits_TV, batch.target_T)
         loss = cross_entropy / batch.tokens + self.model.aux_loss(output)
         (loss / self.config.train.accumulation).backward()  # type: ignore[no-untyped-call]
-        tally.add(cross_entropy, output.routed)
+        tally.add(cross_entropy, output.routed, output.depth)
 
     def _forward(self, batch: Batch, context: Context) -> LMOutput:
         bf16 = self.config.train.precision == "bf16"

@@ -26,15 +26,31 @@ class Tally:
         self._kept = torch.zeros((), dtype=torch.float64, device=device)
         self._losses: dict[str, Tensor] = {}
 
-    def add(self, cross_entropy: Tensor, routed: tuple[Routed | None, ...]) -> None:
-        """One micro-step: nats summed over this rank's tokens, and what each layer chose."""
+    def add(
+        self,
+        cross_entropy: Tensor,
+        routed: tuple[Routed | None, ...],
+        depth: tuple[dict[str, Tensor], ...] = (),
+    ) -> None:
+        """One micro-step.
+
+        Args:
+            cross_entropy: nats, summed over this rank's tokens.
+            routed: what the experts of each block chose.
+            depth: the losses of each router in depth.
+        """
         self._cross_entropy += cross_entropy.detach()
         for layer, out in enumerate(out for out in routed if out is not None):
             self._load_LE[layer] += reference.count(out.choice.target_TK, self._experts)
             self._kept += out.plan.offsets_G1[-1]
-            for name, loss in out.choice.losses.items():
-                share = loss.detach().double() / (self._layers * self._micro_steps)
-                self._losses[name] = self._losses.get(name, torch.zeros_like(share)) + share
+            self._add_losses(out.choice.losses, self._layers)
+        for losses in depth:
+            self._add_losses(losses, len(depth))
+
+    def _add_losses(self, losses: dict[str, Tensor], routers: int) -> None:
+        for name, loss in losses.items():
+            share = loss.detach().double() / (routers * self._micro_steps)
+            self._losses[name] = self._losses.get(name, torch.zeros_like(share)) + share
 
     def total(self, ranks: int, apart: Tensor, alike: Tensor) -> "StepTotals":
         """Everything summed over all ranks, read by the host once.

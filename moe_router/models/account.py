@@ -1,0 +1,71 @@
+"""What the blocks of a depth-routed model execute, beside what the dense model would: FLOPs of the
+matrix products of attention and feed-forward. Embedding, norms and head are alike in both."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_router.config import ModelConfig
+from moe_router.models.kv_cache import LayerCache
+from moe_router.routing import Ledger
+
+
+class Account:
+    """Of one forward pass.
+
+    Args:
+        config: of the model.
+        ledger: where it goes.
+        lengths: of the sequences that came in.
+        position_T: of their tokens.
+        causal: a token attends to the earlier ones alone.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ledger: Ledger,
+        lengths: Sequence[int],
+        position_T: Tensor,
+        *,
+        causal: bool,
+    ) -> None:
+        self._config, self._ledger, self._causal = config, ledger, causal
+        self._tokens = sum(lengths)
+        # a token of a causal model sees its position + 1 keys, whatever part of them is cached
+        self._pairs = position_T.long().sum() + self._tokens if causal else _pairs(lengths, False)
+
+    def block(self, layer: int, ran: Sequence[int], cache: LayerCache | None) -> None:
+        """Count a block that has run.
+
+        Args:
+            ran: tokens of each sequence that it computed.
+            cache: its own, the new tokens in it.
+        """
+        D, tokens = self._config.dim, sum(ran)
+        kv_width = D // self._config.heads * self._config.kv_heads
+        project = 2 * (2 * D * D + 2 * D * kv_width)
+        pairs: Tensor | int = _pairs(ran, self._causal)
+        if cache is not None and tokens:
+            new_B = torch.tensor(ran).to(cache.length_B.device, non_blocking=True)
+            pairs = (new_B * (cache.length_B - new_B)).sum() + pairs
+        self._ledger.add(
+            "attention",
+            tokens * project + 4 * D * pairs,
+            self._tokens * project + 4 * D * self._pairs,
+        )
+        moe = self._config.moe
+        if moe is None or not self._config.is_moe(layer):
+            row = 6 * D * self._config.hidden
+            self._ledger.add("mlp", tokens * row, self._tokens * row)
+            return
+        # the layer itself counts the tokens that came to it
+        self._ledger.add("experts", 0, (self._tokens - tokens) * 6 * D * moe.top_k * moe.hidden)
+        shared = 6 * D * moe.shared_hidden
+        self._ledger.add("shared", tokens * shared, self._tokens * shared)
+
+
+def _pairs(lengths: Sequence[int], causal: bool) -> int:
+    """Queries and the keys they see."""
+    return sum(n * (n + 1) // 2 if causal else n * n for n in lengths)

@@ -1,0 +1,163 @@
+"""What every model is built on: embedding, blocks, and which tokens take which block."""
+
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_router.config import Kernels, ModelConfig
+from moe_router.dispatch import Dispatcher, Local
+from moe_router.layers.halt import Halt, begin, finish, ponder_loss
+from moe_router.layers.moe import MoE
+from moe_router.layers.prune import Prune
+from moe_router.models.account import Account
+from moe_router.models.block import Block, BlockOutput
+from moe_router.models.kv_cache import KVCache, LayerCache
+from moe_router.models.norm import RMSNorm
+from moe_router.models.packing import Packing
+from moe_router.models.rope import turn_at
+from moe_router.models.stream import Stream
+from moe_router.placement import Placement
+from moe_router.routing import Context, PlanMemory
+from moe_router.types import HaltState, Routed
+
+
+@dataclass(slots=True)
+class Passed:
+    """What came out of the blocks.
+
+    Attributes:
+        stream: the tokens that took the last block.
+        routed: what each block's experts did; None for a dense block.
+        depth: the losses of each router in depth, unscaled; this rank's share.
+        halted: how each token halted, and its output; None without halting.
+    """
+
+    stream: Stream
+    routed: list[Routed | None] = field(default_factory=list)
+    depth: list[dict[str, Tensor]] = field(default_factory=list)
+    halted: HaltState | None = None
+
+
+class Backbone(nn.Module):
+    """Args:
+    config: sizes, and which blocks are routed.
+    vocab: number of token ids V.
+    dispatcher, placement, kernels: how tokens reach experts, and what computes them; see `MoE`.
+    activation_checkpointing: keep only each block's input and routing decisions for the
+        backward pass; the rest is computed again.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab: int,
+        *,
+        dispatcher: Dispatcher | None = None,
+        placement: Placement | None = None,
+        kernels: Kernels = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab = vocab
+        self.activation_checkpointing = activation_checkpointing
+        self.embed = nn.Embedding(vocab, config.dim)
+        experts = (dispatcher, placement, kernels)
+        self.blocks = nn.ModuleList(Block(config, i, *experts) for i in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self._dispatcher = dispatcher or Local()
+        # by the block after which tokens leave; after the last one they leave anyway
+        self.halts, self.prunes = nn.ModuleDict(), nn.ModuleDict()
+        for i in range(config.layers - 1):
+            if config.routing is not None and config.routes(i, "halt"):
+                self.halts[str(i)] = Halt(config.dim, config.routing)
+            if config.routing is not None and config.routes(i, "prune"):
+                self.prunes[str(i)] = Prune(config.dim, config.routing)
+
+    def through_blocks(
+        self,
+        ids_T: Tensor,
+        position_T: Tensor,
+        offsets_B1: Tensor,
+        context: Context,
+        cache: KVCache | None = None,
+        *,
+        causal: bool = True,
+    ) -> Passed:
+        """Embed the tokens and run the blocks; each computes the tokens that are routed to it."""
+        packing = Packing(offsets_B1, ids_T.device)
+        turn = turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
+        passed = Passed(Stream(self.embed(ids_T), position_T, turn, packing))
+        account = None
+        if context.ledger is not None and self.config.routing is not None:
+            here = (packing.lengths, position_T)
+            account = Account(self.config, context.ledger, *here, causal=causal)
+        if self.halts:
+            passed.halted = begin(passed.stream.x_TD, packing.lengths)
+        for i, block in enumerate(self.blocks):
+            inside = context if passed.halted is None else context.within(passed.halted.plan)
+            layer_cache = None if cache is None else cache.layers[i]
+            out = self._run(block, passed.stream, inside, layer_cache)
+            passed.stream = replace(passed.stream, x_TD=out.x_TD)
+            passed.routed.append(out.routed)
+            if out.choice is not None:
+                passed.depth.append(out.choice.losses)
+            if account is not None:
+                ran = passed.stream.packing.lengths if out.kept is None else out.kept.lengths
+                account.block(i, ran, layer_cache)
+            self._leave(str(i), passed, context)
+        if passed.halted is not None:
+            passed.halted = finish(passed.stream.x_TD, passed.halted)
+            if self.training:
+                count = self._dispatcher.total(passed.halted.cumulative_T.new_tensor(ids_T.numel()))
+                passed.depth.append({"ponder": ponder_loss(passed.halted, count)})
+        return passed
+
+    def _run(
+        self, block: nn.Module, stream: Stream, context: Context, cache: LayerCache | None
+    ) -> BlockOutput:
+        arguments = (block, stream.x_TD, stream.position_T, stream.turn, stream.packing)
+        # a cache would be written twice
+        if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+            # one memory a block: the second run takes the decisions of the first
+            remembering = replace(context, memory=PlanMemory())
+            out = checkpoint(*arguments, remembering, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = block(*arguments[1:], context, cache)
+        result: BlockOutput = out
+        return result
+
+    def _leave(self, block: str, passed: Passed, context: Context) -> None:
+        """Let tokens go after a block, if it is one where they may."""
+        stream = passed.stream
+        if block in self.halts:
+            assert passed.halted is not None
+            passed.halted, kept = self.halts[block](stream.tokens, passed.halted, context)
+            passed.stream = stream.take(kept)
+        if block in self.prunes:
+            prune = cast(Prune, self.prunes[block])
+            choice, kept = prune(stream.tokens, stream.packing.lengths, context)
+            mass_R = prune.mass(stream.tokens, choice, kept)
+            passed.stream = replace(stream.take(kept), size_T=mass_R)
+
+    @property
+    def moes(self) -> list[MoE | None]:
+        """The experts of each block; None where it is dense."""
+        return [block.moe for block in self.blocks if isinstance(block, Block)]
+
+    def routing_loss(
+        self, routed: tuple[Routed | None, ...], depth: tuple[dict[str, Tensor], ...]
+    ) -> Tensor:
+        """The routing losses of all layers times their coefficients: this rank's share."""
+        terms = [
+            moe.aux_loss(out.choice)
+            for moe, out in zip(self.moes, routed, strict=True)
+            if moe is not None and out is not None
+        ]
+        if self.config.routing is not None:
+            scale = self.config.routing.loss_scale
+            terms += [scale[name] * loss for losses in depth for name, loss in losses.items()]
+        return torch.stack(terms).sum() if terms else self.norm.weight.new_zeros(())

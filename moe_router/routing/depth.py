@@ -1,0 +1,118 @@
+"""Routing in depth: which tokens of each sequence a layer computes. A group is a sequence.
+
+The experts' router chooses among groups; here a token has one group, its own sequence, and the
+choice is whether it gets a row in it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_router.config import RoutingConfig
+from moe_router.routing.plan import plan_from_ids
+from moe_router.routing.score import make_score
+from moe_router.types import Plan
+from moe_router_kernels import reference
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Some tokens of each sequence, in the order of the batch.
+
+    Attributes:
+        target_T1: int32, the sequence of a kept token, -1 for the others.
+        plan: over B sequences; R is exactly the number of kept tokens.
+        lengths: kept tokens of each sequence, on the host.
+    """
+
+    target_T1: Tensor
+    plan: Plan
+    lengths: tuple[int, ...]
+
+    @property
+    def offsets_B1(self) -> Tensor:
+        """int32 cu_seqlens of the rows, on the CPU."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+
+
+class DepthRouter(nn.Module):
+    """One fp32 logit per token: how much it needs what comes next.
+
+    Args:
+        dim: hidden size D.
+        config: which function of the token, and whether it learns.
+    """
+
+    def __init__(self, dim: int, config: RoutingConfig) -> None:
+        super().__init__()
+        self.score = make_score(dim, 1, config.router, config.router_hidden)
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.requires_grad_(not config.frozen)
+
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
+        """(T,) logits; x_TD is the residual stream, of any scale."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            normed_TD = F.rms_norm(reference.wide(x_TD), (x_TD.size(-1),))
+            logit_T1: Tensor = self.score(normed_TD, position_T)
+            return logit_T1.squeeze(-1) + reference.wide(self.bias)
+
+
+def flops_of(router: nn.Module, tokens: int) -> int:
+    """Of the matrix products by which `router` decides for these tokens."""
+    return 2 * tokens * sum(p.numel() for p in router.parameters() if p.dim() > 1)
+
+
+def keep_best(
+    logit_T: Tensor, offsets_B1: Tensor, lengths: Sequence[int], keep: float, always: int = 0
+) -> Kept:
+    """The tokens of highest logit, a fraction `keep` of each sequence, rounded up.
+
+    Args:
+        lengths: of the sequences, on the host, so that nothing waits for the device.
+        always: first tokens of a sequence that are kept whatever their logit.
+    """
+    # 0.6 means 3/5: in floats, 0.6 of 5 tokens is rounded up to 4
+    share = Fraction(str(keep))
+    kept = tuple(min(n, max(math.ceil(share * n), always)) for n in lengths)
+    kept_B = torch.tensor(kept, dtype=torch.int32).to(logit_T.device, non_blocking=True)
+    ranked_T = logit_T.detach()
+    if always:
+        token_T = torch.arange(ranked_T.numel(), device=ranked_T.device)
+        start_T = offsets_B1[reference.sequence_of(offsets_B1, ranked_T.numel())]
+        ranked_T = ranked_T.masked_fill(token_T - start_T < always, math.inf)
+    target_T1 = reference.best_of_sequence(ranked_T, offsets_B1, kept_B)
+    return _kept(target_T1, kept)
+
+
+def keep_where(keep_T: Tensor, offsets_B1: Tensor) -> Kept:
+    """The tokens where `keep_T` (bool) holds. Waits for the device: their number is a value."""
+    sequence_T = reference.sequence_of(offsets_B1, keep_T.numel())
+    target_T1 = torch.where(keep_T, sequence_T, -1).int()[:, None]
+    count_B = reference.count(target_T1, offsets_B1.numel() - 1)
+    return _kept(target_T1, tuple(count_B.tolist()))
+
+
+def _kept(target_T1: Tensor, lengths: tuple[int, ...]) -> Kept:
+    return Kept(target_T1, plan_from_ids(target_T1, len(lengths), rows=sum(lengths)), lengths)
+
+
+def every_token(lengths: Sequence[int], device: torch.device) -> Plan:
+    """The Plan in which each token has its row and none is moved."""
+    row_T = torch.arange(sum(lengths), dtype=torch.int32, device=device)
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return Plan(row_T, row_T, offsets.to(device, non_blocking=True), row_T[:, None])
+
+
+def chain(plan: Plan, then: Plan) -> Plan:
+    """Rows of rows: one Plan from the tokens of `plan` to the rows of `then`; one choice each."""
+    src_R = plan.src_R[then.src_R]
+    row_T1 = plan.row_TK
+    if then.row_TK.numel():
+        row_T1 = torch.where(row_T1 < 0, -1, then.row_TK[row_T1[:, 0].clamp(min=0)])
+    return Plan(src_R, src_R, then.offsets_G1, row_T1)

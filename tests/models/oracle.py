@@ -1,0 +1,93 @@
+"""A depth-routed model as its definition says: every block computes every token, masks decide what
+counts. Plain torch on the model's own weights; the gathered model must equal it."""
+
+import torch
+import torch.nn.functional as F
+
+from moe_router.models.rope import Turn, rotate, turn_at
+from moe_router.types import Tokens
+
+
+def norm(layer, x):
+    return F.rms_norm(x, layer.weight.shape, layer.weight, layer.eps)
+
+
+def attention(layer, x_SD, turn, seen_SS):
+    """Softmax attention of one sequence under a mask; a query that sees no key gets 0."""
+    q, k, v = (f(x_SD).unflatten(-1, (-1, layer.channels)) for f in (layer.q, layer.k, layer.v))
+    q, k = (rotate(x, turn).to(v.dtype) for x in (q, k))
+    groups = q.size(1) // k.size(1)
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    score_HSS = torch.einsum("shc,thc->hst", q, k) * layer.channels**-0.5
+    weight_HSS = score_HSS.masked_fill(~seen_SS, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return layer.o(torch.einsum("hst,thc->shc", weight_HSS, v).flatten(1))
+
+
+def block_delta(block, x_SD, position_S, turn, keep_S):
+    """What the block adds when only the kept tokens exist for it."""
+    causal_SS = torch.ones(len(x_SD), len(x_SD), dtype=torch.bool).tril()
+    attended = attention(
+        block.attention, norm(block.attention_norm, x_SD), turn, causal_SS & keep_S
+    )
+    normed = norm(block.mlp_norm, x_SD + attended)
+    if block.moe is None:
+        return attended + block.mlp(normed)
+    offsets = torch.tensor([0, len(x_SD)], dtype=torch.int32)
+    return attended + block.moe(Tokens(normed, position_S, offsets)).delta_TD
+
+
+def turn_of(model, position_S):
+    turn = turn_at(position_S, model.config.dim // model.config.heads, model.config.rope_theta)
+    return Turn(*(x.double() for x in turn))
+
+
+def skip_logits(model, ids_S):
+    """(S, V) logits of one sequence, and which tokens each block computed (L, S)."""
+    position_S = torch.arange(len(ids_S), dtype=torch.int32)
+    turn = turn_of(model, position_S)
+    x_SD, ran = model.embed(ids_S), []
+    for block in model.blocks:
+        keep_S = torch.ones(len(ids_S), dtype=torch.bool)
+        weight_S1 = torch.ones(len(ids_S), 1, dtype=x_SD.dtype)
+        if block.skip is not None:
+            logit_S = block.skip.router(x_SD, position_S)
+            weight_S1 = logit_S.sigmoid()[:, None]
+            if model.training:
+                count = int(-(-model.config.routing.keep * len(ids_S) // 1))
+                best = logit_S.argsort(descending=True, stable=True)[:count]
+                keep_S = torch.zeros_like(keep_S).index_fill(0, best, True)
+            else:
+                predictor = block.skip.predictor or block.skip.router
+                keep_S = predictor(x_SD, position_S) > 0
+        delta_SD = block_delta(block, x_SD, position_S, turn, keep_S)
+        x_SD = x_SD + torch.where(keep_S[:, None], weight_S1 * delta_SD, 0.0)
+        ran.append(keep_S)
+    return F.linear(norm(model.norm, x_SD), model.embed.weight), torch.stack(ran)
+
+
+def halt_logits(model, ids_S):
+    """(S, V) logits of one sequence, which tokens each block computed (L, S), and ponder (S,)."""
+    S, config = len(ids_S), model.config.routing
+    position_S = torch.arange(S, dtype=torch.int32)
+    turn = turn_of(model, position_S)
+    x_SD, ran = model.embed(ids_S), []
+    going_S, total_S = torch.ones(S, dtype=torch.bool), torch.zeros(S, dtype=x_SD.dtype)
+    out_SD, ponder_S = torch.zeros_like(x_SD), torch.zeros(S, dtype=x_SD.dtype)
+    for i, block in enumerate(model.blocks):
+        ran.append(going_S)
+        delta_SD = block_delta(block, x_SD, position_S, turn, going_S)
+        x_SD = torch.where(going_S[:, None], x_SD + delta_SD, x_SD)
+        last = i == len(model.blocks) - 1
+        if not (last or str(i) in model.halts):
+            continue
+        p_S = torch.zeros(S, dtype=x_SD.dtype)
+        if not last:
+            logit_S = model.halts[str(i)].router(x_SD, position_S) + config.start
+            p_S = logit_S.sigmoid()
+        halts_S = going_S & (last | (total_S + p_S >= config.threshold))
+        weight_S = torch.where(halts_S, 1 - total_S, p_S) * going_S
+        ponder_S = ponder_S + going_S + torch.where(halts_S, 1 - total_S, 0.0)
+        total_S = total_S + weight_S
+        out_SD = out_SD + weight_S[:, None] * x_SD
+        going_S = going_S & ~halts_S
+    return F.linear(norm(model.norm, out_SD), model.embed.weight), torch.stack(ran), ponder_S
