@@ -76,7 +76,7 @@ class RouterServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request, context):
-        """A rank lives. Its first heartbeat makes it join.
+        """A rank lives. A report of load is a heartbeat too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
