@@ -1,13 +1,14 @@
 """What a model costs, from its config alone: parameters, FLOPs, bytes.
 
 Counted are matrix products, 2 FLOPs per multiply-add, of a dropless forward pass; training is three
-times that. Not counted: norms, rotations, softmax, the optimizer, activations in memory.
+times that. Halting counts as if no token halted: when they do is learned. Not counted: norms,
+rotations, softmax, the optimizer, activations in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from moe_router.config import Config, ModelConfig, MoEConfig
+from moe_router.config import Config, ModelConfig, MoEConfig, RouterKind, RoutingConfig
 from moe_router.placement import Placement
 
 BYTE_VOCAB = 257
@@ -26,7 +27,7 @@ class Part:
         parameters: held by all ranks together.
         active: of them, those that one token meets.
         flops: forward, per token.
-        dense_flops: the same if every expert processed every token.
+        dense_flops: the same if every expert processed every token, and every block.
     """
 
     layer: str
@@ -126,17 +127,57 @@ def _parts(config: Config, vocab: int) -> Iterator[Part]:
     D = model.dim
     # a tied matrix is held here and met at the head
     yield Part("embed", "embed", vocab * D, 0 if model.tie_embeddings else D, 0, 0)
+    staying = 1.0  # of the tokens, after what was pruned
     for i in range(model.layers):
         layer = str(i)
-        yield _attention(layer, model, config.data.seq_len)
-        yield Part(layer, "norms", 2 * D, 2 * D, 0, 0)
-        if model.moe is not None and model.is_moe(i):
-            yield from _moe(layer, D, model.moe)
-        else:
-            yield _dense(layer, "mlp", D, model.hidden)
+        keep = model.routing.keep if model.routing is not None else 1.0
+        share = staying * (keep if model.routes(i, "skip") else 1.0)
+        yield from _block_of_some(i, config, share)
+        leaves = i < model.layers - 1 and (model.routes(i, "prune") or model.routes(i, "halt"))
+        if model.routing is not None and (leaves or model.routes(i, "skip")):
+            yield _depth_router(layer, D, model.routing, staying)
+        if leaves and model.routes(i, "prune"):
+            staying *= keep
     yield Part("head", "norms", D, D, 0, 0)
     own, flops = 0 if model.tie_embeddings else vocab * D, 2 * vocab * D
     yield Part("head", "head", own, vocab * D, flops, flops)
+
+
+def _block(layer: str, index: int, model: ModelConfig, seq_len: int) -> Iterator[Part]:
+    yield _attention(layer, model, seq_len)
+    yield Part(layer, "norms", 2 * model.dim, 2 * model.dim, 0, 0)
+    if model.moe is not None and model.is_moe(index):
+        yield from _moe(layer, model.dim, model.moe)
+    else:
+        yield _dense(layer, "mlp", model.dim, model.hidden)
+
+
+def _block_of_some(index: int, config: Config, share: float) -> Iterator[Part]:
+    """The parts of a block that computes a share of the tokens, which see only each other."""
+    S = config.data.seq_len
+    whole, short = (_block(str(index), index, config.model, n) for n in (S, round(share * S)))
+    for part, computed in zip(whole, short, strict=True):
+        yield replace(part, flops=round(share * computed.flops))
+
+
+def _depth_router(layer: str, D: int, routing: RoutingConfig, share: float) -> Part:
+    weights, biases = _score(routing.router, D, 1, routing.router_hidden)
+    if routing.kind == "skip" and routing.predictor == "mlp":
+        more, bias = _score("mlp", D, 1, routing.router_hidden)
+        weights, biases = weights + more, biases + bias + 1
+    both = weights + biases + 1
+    return Part(layer, "router", both, both, round(2 * share * weights), 0)
+
+
+def _score(kind: RouterKind, D: int, groups: int, hidden: int) -> tuple[int, int]:
+    """(weights, biases) of a router's score."""
+    match kind:
+        case "linear":
+            return D * groups, 0
+        case "mlp":
+            return D * hidden + hidden * groups, hidden
+        case "position":
+            return 2 * hidden * groups, 0
 
 
 def _attention(layer: str, model: ModelConfig, seq_len: int) -> Part:
@@ -149,14 +190,8 @@ def _attention(layer: str, model: ModelConfig, seq_len: int) -> Part:
 
 
 def _moe(layer: str, D: int, moe: MoEConfig) -> Iterator[Part]:
-    groups, H = moe.experts + moe.null_experts, moe.router_hidden
-    match moe.router:
-        case "linear":
-            weights, biases = D * groups, 0
-        case "mlp":
-            weights, biases = D * H + H * groups, H
-        case "position":
-            weights, biases = 2 * H * groups, 0
+    groups = moe.experts + moe.null_experts
+    weights, biases = _score(moe.router, D, groups, moe.router_hidden)
     both = weights + biases
     yield Part(layer, "router", both, both, 2 * weights, 2 * weights)
     one, rows = 3 * D * moe.hidden, _rows(moe)

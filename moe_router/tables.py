@@ -62,7 +62,7 @@ def cost_facts(cost: Cost) -> list[str]:
     lines = [
         f"router: {cost.router_parameter_share:.2%} of the parameters, "
         f"{cost.router_flop_share:.2%} of the FLOPs",
-        f"routed: {cost.flops / cost.dense_flops:.1%} of the FLOPs that all experts would take",
+        f"routed: {cost.flops / cost.dense_flops:.1%} of the dense FLOPs",
         f"one step: {short(cost.tokens_per_step)} tokens, "
         f"{short(cost.flops_per_step, 'FLOP')} forward and backward",
         f"memory: {short(cost.bytes_per_rank, 'B')} on the fullest rank for weights, gradients and "

@@ -27,6 +27,9 @@ VARIANTS = {
     "mlp router": ["model.moe.router=mlp", "model.moe.null_experts=3"],
     "position router": ["model.moe.router=position"],
     "experts choose": ["model.moe.policy=expert_choice", "model.moe.capacity_factor=1.5"],
+    "skip": ["model.moe=null", "model.routing={kind: skip, predictor: mlp, keep: 0.25}"],
+    "skip experts": ["model.routing={kind: skip, router: position}"],
+    "halt": ["model.moe=null", "model.routing={kind: halt, router: mlp, first: 0, every: 1}"],
 }
 
 
@@ -40,11 +43,24 @@ def test_parameters_are_those_of_the_model(variant):
     model = CausalLM(config.model, BYTE_VOCAB)
     total = cost(config)
     assert total.parameters == sum(p.numel() for p in model.parameters())
-    router = [p.numel() for name, p in model.named_parameters() if ".router." in name]
+    router = [
+        p.numel()
+        for name, p in model.named_parameters()
+        if "router." in name or "predictor." in name
+    ]
     assert total.router_parameter_share == sum(router) / total.parameters
     for i, block in enumerate(model.blocks):
         held = sum(part.parameters for part in total.of_layer(str(i)))
-        assert held == sum(p.numel() for p in block.parameters())
+        halt = model.halts[str(i)].parameters() if str(i) in model.halts else []
+        assert held == sum(p.numel() for p in (*block.parameters(), *halt))
+
+
+def test_a_skipped_block_costs_what_it_keeps():
+    whole, routed = cost(tiny("dense")), cost(tiny("skip"))
+    (mlp,) = (part for part in routed.of_layer("1") if part.name == "mlp")
+    assert mlp.flops == round(0.25 * mlp.dense_flops)
+    assert routed.of_layer("0") == whole.of_layer("0")
+    assert routed.dense_flops == whole.dense_flops > routed.flops
 
 
 @pytest.mark.parametrize("variant", ["dense", "untied"])

@@ -21,7 +21,7 @@ from moe_router.models.rope import turn_at
 from moe_router.models.stream import Stream
 from moe_router.placement import Placement
 from moe_router.routing import Context, PlanMemory
-from moe_router.types import HaltState, Routed
+from moe_router.types import Choice, HaltState, Routed
 
 
 @dataclass(slots=True)
@@ -108,6 +108,8 @@ class Backbone(nn.Module):
             if account is not None:
                 ran = passed.stream.packing.lengths if out.kept is None else out.kept.lengths
                 account.block(i, ran, layer_cache)
+            if self.config.routing is not None and out.routed is None:
+                _tell(i, passed, out, context)
             self._leave(str(i), passed, context)
         if passed.halted is not None:
             passed.halted = finish(passed.stream.x_TD, passed.halted)
@@ -161,3 +163,19 @@ class Backbone(nn.Module):
             scale = self.config.routing.loss_scale
             terms += [scale[name] * loss for losses in depth for name, loss in losses.items()]
         return torch.stack(terms).sum() if terms else self.norm.weight.new_zeros(())
+
+
+def _tell(layer: int, passed: Passed, out: BlockOutput, context: Context) -> None:
+    """Have it observed which tokens a dense block computed: group 0, or none."""
+    if context.observe is None:
+        return
+    if out.choice is not None and out.kept is not None:
+        weight_T1, plan = out.choice.weight_TK, out.kept.plan
+    elif passed.halted is not None:
+        plan = passed.halted.plan
+        weight_T1 = (plan.row_TK >= 0).float()
+    else:
+        return
+    target_T1 = torch.where(plan.row_TK < 0, -1, 0).int()
+    one_group = replace(plan, offsets_G1=plan.offsets_G1[[0, -1]])
+    context.observe(layer, Choice(target_T1, weight_T1), one_group)
