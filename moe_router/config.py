@@ -8,7 +8,8 @@ from typing import Literal
 
 from moe_router.errors import ConfigError
 
-Kernels = Literal["auto", "reference"]  # reference: the specification, plain torch
+# auto: Triton where it runs, torch elsewhere; reference: the specification, plain torch
+Kernels = Literal["auto", "triton", "reference"]
 
 RouterKind = Literal["linear", "mlp", "position"]  # position: a control, sees no content
 

@@ -40,21 +40,6 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """What the router decided; gradients flow through `weight_TK` and `losses`.
-
-    Attributes:
-        target_TK: int32, the group of each choice; -1 is no choice.
-        weight_TK: fp32, 0 where there is no choice.
-        losses: named, unscaled; this rank's share of a sum over all ranks.
-    """
-
-    target_TK: Tensor
-    weight_TK: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Where rows go: integers only, no gradient, cheap to send.
 
@@ -77,6 +62,23 @@ class Plan:
     def rows_G(self) -> Tensor:
         """int32, rows of each group."""
         return self.offsets_G1.diff()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the router decided; gradients flow through `weight_TK` and `losses`.
+
+    Attributes:
+        target_TK: int32, the group of each choice; -1 is no choice.
+        weight_TK: fp32, 0 where there is no choice.
+        losses: named, unscaled; this rank's share of a sum over all ranks.
+        plan: the dropless Plan, where the kernel that decided made it too.
+    """
+
+    target_TK: Tensor
+    weight_TK: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)

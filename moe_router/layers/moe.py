@@ -24,7 +24,8 @@ class MoE(nn.Module):
         layer: index in the model: names the noise and the observed choices.
         dispatcher: how tokens reach experts on other ranks; default: all experts are here.
         placement: which rank holds which expert; default: neighbours together.
-        kernels: `auto` is the fastest that runs here, `reference` the specification.
+        kernels: `auto` is the fastest that runs here, `triton` insists on the Triton kernels,
+            `reference` is the specification.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class MoE(nn.Module):
                 f"placement of {self.placement.experts} experts on {self.placement.ranks} ranks: "
                 f"want {config.experts} on {ranks}"
             )
-        self.router = Router(dim, config, layer=layer)
+        self.router = Router(dim, config, layer=layer, kernels=kernels)
         held = len(self.placement.experts_of_rank[self.dispatcher.rank])
         self.experts = Experts(held, dim, config.hidden, kernels)
         self.shared = SwiGLU(dim, config.shared_hidden) if config.shared_hidden else None

@@ -13,6 +13,7 @@ def router_losses(
     logits_TG: Tensor,
     score_TG: Tensor,
     target_TK: Tensor,
+    chosen_G: Tensor | None,
     tokens: Tokens,
     config: RouterConfig,
     context: Context,
@@ -22,7 +23,8 @@ def router_losses(
 
     Args:
         logits_TG, score_TG: (T, E + Z) fp32.
-        target_TK: (T, K) int32, raw choices, null experts included.
+        target_TK: (T, K) int32, raw choices, null experts included if a loss is by sequence.
+        chosen_G: (E + Z,) int64, choices of each group if they are known already.
         total: sums a tensor over all ranks; called once.
     """
     if not (config.balance_loss or config.z_loss or config.sequence_balance_loss):
@@ -30,7 +32,7 @@ def router_losses(
     G = score_TG.size(1)
 
     def over_all_ranks() -> Tensor:
-        load_G = reference.count(target_TK, G)
+        load_G = chosen_G if chosen_G is not None else reference.count(target_TK, G)
         # new_full, not tensor([...]): a fill does not wait for the device
         T, B = (load_G.new_full((1,), n) for n in (len(target_TK), len(tokens.offsets_B1) - 1))
         return total(torch.cat([load_G, T, B]))

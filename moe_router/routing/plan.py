@@ -39,6 +39,8 @@ def make_plan(
     Raises:
         ConfigError: another `drop`, no positions to drop by, or sources of unequal length.
     """
+    if capacity is None and choice.plan is not None:
+        return choice.plan
     target_TK = choice.target_TK
     if capacity is not None:
         T = target_TK.size(0)
