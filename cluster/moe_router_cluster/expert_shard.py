@@ -22,6 +22,8 @@ from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.training.data import Dataset, load_dataset
 from moe_router.training.loop import Trainer
 from moe_router.training.parallel import is_peer_loss
+from moe_router.training.share import agreed
+from moe_router_cluster.gating_actor import Reporter
 
 _ray: Any = ray  # half of its functions have no types
 
@@ -44,6 +46,7 @@ class ExpertShard:
         self._store: TCPStore | None = None
         self._dataset: Dataset | None = None
         self._trainer: Trainer | None = None
+        self._reporter: Reporter | None = None
 
     def ping(self) -> None:
         """Answers while another call runs: the process lives and is not frozen."""
@@ -97,7 +100,7 @@ class ExpertShard:
         Raises:
             CheckpointError: the disk refused the checkpoint that was being written.
         """
-        trainer, self._trainer = self._trainer, None
+        trainer, self._trainer, self._reporter = self._trainer, None, None
         if trainer is not None:
             with suppress(PeerLostError):  # a checkpoint that ranks are missing from
                 trainer.close()
@@ -131,7 +134,21 @@ class ExpertShard:
         """Train `steps` optimizer steps. Records come from rank 0 alone: they are the same."""
         with self._peers_may_be_lost():
             records = [self._ready().train_step() for _ in range(steps)]
+        if self._reporter is not None:
+            self._reporter.report(self._ready().own_load_LE)
         return records if self._rank == 0 else []
+
+    def share(self, service: Any, epoch: int, step: int) -> None:
+        """From now on, report to the gating service under `epoch`; rank 0 publishes it.
+
+        Args:
+            service: handle of the actor; one that is gone changes nothing.
+            step: the checkpointed step that the epoch begins with.
+        """
+        with self._peers_may_be_lost():
+            state = agreed(self._ready(), epoch=epoch, step=step)
+        state_of_first = state if self._rank == 0 else None
+        self._reporter = Reporter(service, self._rank, epoch, state_of_first)
 
     def evaluate(self) -> EvalRecord:
         with self._peers_may_be_lost():

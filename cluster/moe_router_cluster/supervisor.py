@@ -84,6 +84,7 @@ class Supervisor:
     group: formed, every rank at `step`.
     step: where the run goes on from.
     latest: the newest whole checkpoint, or None.
+    agree: called with every step to which all ranks can come back.
     kill: an actor to kill on the way.
     """
 
@@ -97,12 +98,13 @@ class Supervisor:
         *,
         step: int,
         latest: Callable[[], Path | None],
+        agree: Callable[[int], None] = lambda step: None,
         kill: Kill | None = None,
     ) -> None:
         self.progress = Progress(step=step, saved=step)
         self._config, self._train = config, config.train
         self._group, self._writer, self._view = group, writer, view
-        self._interrupts, self._latest = interrupts, latest
+        self._interrupts, self._latest, self._agree = interrupts, latest, agree
         self._kill = kill if kill is not None and kill.step >= step else None
         self._killed: tuple[int, int, float] | None = None  # rank, step, time
         self._step_s = 0.0  # how long one step takes
@@ -130,6 +132,7 @@ class Supervisor:
 
     def _advance(self) -> bool:
         done = self.progress
+        self._agree(done.step)
         while not self._interrupts.asked:
             if self._is_due(self._train.eval_every) and done.step not in done.evals:
                 self._evaluate()
@@ -194,6 +197,7 @@ class Supervisor:
     def _save(self, *, wait: bool) -> None:
         self._group.ask("save", wait)
         self.progress.saved = self.progress.step
+        self._agree(self.progress.saved)
 
     def _recover(self, lost: ActorsLost) -> None:
         done = self.progress

@@ -30,7 +30,8 @@ from moe_router_cluster.session import prepare_environment, ray_session
 from moe_router_cluster.supervisor import Progress, Supervisor
 
 if TYPE_CHECKING:
-    from moe_router_cluster.shard_group import ShardGroup  # imports Ray
+    from moe_router_cluster.gating_actor import Agreement  # imports Ray
+    from moe_router_cluster.shard_group import ShardGroup
 
 _MEASURED = 16  # held-out rows that bytes per token is taken over
 
@@ -87,27 +88,30 @@ class _Run:
     def with_actors(self, per_token: float) -> bool:
         from ray.exceptions import RayError, RayTaskError
 
+        from moe_router_cluster.gating_actor import Agreement
         from moe_router_cluster.shard_group import ShardGroup
 
         group = ShardGroup(self.config, self.folder.path)
+        agreement = Agreement(self.config, group.ask)
         try:
-            return self._drive(group, per_token)
+            return self._drive(group, agreement, per_token)
         except RayTaskError:
             raise  # a bug of ours: its traceback is what is needed
         except RayError as error:
             first = next(iter(str(error).splitlines()), "")
             raise ClusterError(f"Ray failed: {type(error).__name__}: {first}") from error
         finally:
+            agreement.close()
             group.close()
 
-    def _drive(self, group: "ShardGroup", per_token: float) -> bool:
+    def _drive(self, group: "ShardGroup", agreement: "Agreement", per_token: float) -> bool:
         path, actors = self.folder.path, self.config.cluster.actors
         step = group.start(self.folder.checkpoint)
         self._say(
             f"{actors} actor{'s' * (actors > 1)} on {group.device}, ready after "
             f"{time.monotonic() - self.began:.1f} s"
         )
-        ended, progress = self._supervise(group, step, per_token)
+        ended, progress = self._supervise(group, agreement, step, per_token)
         with suppress(ActorsLost):  # what an actor that dies now held is on disk
             group.ask("leave")
         group.close()
@@ -120,7 +124,9 @@ class _Run:
         finish(self.config, path, last, progress, self.console, began=began, device=device)
         return True
 
-    def _supervise(self, group: "ShardGroup", step: int, per_token: float) -> tuple[bool, Progress]:
+    def _supervise(
+        self, group: "ShardGroup", agreement: "Agreement", step: int, per_token: float
+    ) -> tuple[bool, Progress]:
         config, path = self.config, self.folder.path
         steps, actors = config.train.steps, config.cluster.actors
         view = View(self.console, steps=steps, bytes_per_token=per_token, actors=actors)
@@ -135,6 +141,7 @@ class _Run:
                 self.interrupts,
                 step=step,
                 latest=partial(latest_checkpoint, path),
+                agree=agreement.agree,
                 kill=self.kill,
             )
             return supervisor.run(), supervisor.progress

@@ -77,6 +77,7 @@ class Trainer:
         self._optimizer = make_optimizer(self.model, config.train)
         self._owned = Ownership.of(self.model)
         self._moes = moe_layers(self.model)
+        self.own_load_LE = torch.zeros(0, 0)  # choices of this rank's tokens in the last step
 
     def train_step(self) -> StepRecord:
         """Take the next optimizer step.
@@ -143,6 +144,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(totals.grad_norm)):
             self._refuse(micros, loss, totals.grad_norm)
         lr = self._commit(totals)
+        self.own_load_LE = tally.own_load_LE
         if recorder is not None:
             recorder.save()
         return StepRecord(

@@ -47,6 +47,11 @@ class Tally:
         for losses in depth:
             self._add_losses(losses, len(depth))
 
+    @property
+    def own_load_LE(self) -> Tensor:
+        """fp64, on the device: choices of this rank's tokens alone."""
+        return self._load_LE
+
     def _add_losses(self, losses: dict[str, Tensor], routers: int) -> None:
         for name, loss in losses.items():
             share = loss.detach().double() / (routers * self._micro_steps)

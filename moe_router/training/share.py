@@ -1,0 +1,36 @@
+"""What a trainer tells the gating service: where experts are, and how its routers decide."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moe_router.gating_records import RouterWeights
+from moe_router.placement import Placement
+from moe_router.training.loop import Trainer
+from moe_router.training.parallel import moe_layers
+
+
+def agreed(trainer: Trainer, *, epoch: int, step: int) -> dict[str, Any]:
+    """The arguments of `GatingService.publish`; call it on all ranks, for FSDP2 splits routers.
+
+    Args:
+        epoch: that begins.
+        step: the checkpointed step from which it holds.
+    """
+    moes = moe_layers(trainer.model)
+    name = trainer.config.run.name
+    return {
+        "epoch": epoch,
+        "step": step,
+        "placement": moes[0].placement if moes else Placement(()),
+        "capacity_factor": moes[0].config.capacity_factor if moes else None,
+        "routers": [
+            RouterWeights.of(name, moe.dim, moe.router, _whole(moe.router.state_dict()))
+            for moe in moes
+        ],
+    }
+
+
+def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in state.items()}
