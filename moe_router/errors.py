@@ -10,6 +10,7 @@ MoeRouterError
 ├── GatingError       the gating service was asked something it cannot answer
 │   ├── UnknownRouterError  no router is registered under that model and layer
 │   └── StaleEpochError     what ranks share has changed since; take the new snapshot
+├── QueueFullError    too many requests wait; ask again after retry_after_s
 └── ClusterError      Ray could not give what was asked, or too many actors were lost
 """
 
@@ -52,6 +53,10 @@ class UnknownRouterError(GatingError):
 
 class StaleEpochError(GatingError):
     pass
+
+
+class QueueFullError(MoeRouterError, RuntimeError):
+    retry_after_s = 1  # about what a short answer takes
 
 
 class ClusterError(MoeRouterError, RuntimeError):

@@ -37,8 +37,8 @@ def generate(
         NotCausalError: a layer's routing looks at later tokens.
         ConfigError: a prompt is empty or holds an id outside the vocabulary.
     """
-    _refuse_non_causal(model)
-    _check_prompts(prompt_ids, model.vocab)
+    require_causal(model)
+    check_prompts(prompt_ids, model.vocab)
     was_training = model.training
     model.eval()
     try:
@@ -96,7 +96,8 @@ def _prefill(
     return logits_TV[offsets_B1[1:].long().to(device) - 1]
 
 
-def _refuse_non_causal(model: CausalLM) -> None:
+def require_causal(model: CausalLM) -> None:
+    """Raises NotCausalError: a layer's routing looks at later tokens."""
     for i, moe in enumerate(model.moes):
         if moe is not None and not moe.causal:
             raise NotCausalError(
@@ -105,7 +106,8 @@ def _refuse_non_causal(model: CausalLM) -> None:
             )
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
+    """Raises ConfigError: a prompt is empty or holds an id outside the vocabulary."""
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ConfigError(f"prompt {i} is empty: want at least one token, like a separator")

@@ -2,6 +2,7 @@
 that a layer which some tokens skip holds fewer of them. For inference: nothing here has a gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,16 +17,24 @@ class LayerCache:
     """Attributes:
     sequences: B.
     reserve: slots to hold from the start; more are added when they run out.
-    bound: no sequence has more slots than this in use; known to the host without a wait.
-    length_B: int32, slots in use; on the device.
+    lengths: slots in use; known to the host without a wait.
+    length_B: int32, the same on the device.
     kv_2BSJC: keys, values: J heads of C channels in S slots of B sequences.
     """
 
     sequences: int
     reserve: int
-    bound: int = 0
+    lengths: list[int] = field(init=False)
     length_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
     kv_2BSJC: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def __post_init__(self) -> None:
+        self.lengths = [0] * self.sequences
+
+    @property
+    def bound(self) -> int:
+        """No sequence has more slots than this in use."""
+        return max(self.lengths, default=0)
 
     def write(self, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
         """Append tokens to their sequences.
@@ -38,7 +47,7 @@ class LayerCache:
                 f"cache holds {self.sequences} sequences, offsets_B1 has {packing.sequences}: "
                 f"want one for one; give a sequence without new tokens an empty range"
             )
-        self.bound += packing.longest
+        self.lengths = [held + new for held, new in zip(self.lengths, packing.lengths, strict=True)]
         self._make_room(k_TJC)
         sequence_T = packing.sequence_T
         slot_T = self.length_B[sequence_T] + packing.rank_T
@@ -52,15 +61,31 @@ class LayerCache:
         k, v = self.kv_2BSJC[:, :, : self.bound].transpose(2, 3).unbind(0)
         return k, v
 
-    def keep(self, row_B: Tensor) -> None:
-        """Hold only the sequences `row_B` (int64), in that order."""
-        self.sequences = row_B.numel()
-        if self.kv_2BSJC.numel():
-            self.kv_2BSJC = self.kv_2BSJC[:, row_B]
+    def keep(self, row_B: Tensor, rows: Sequence[int]) -> None:
+        """Hold only the sequences `rows`, in that order; row_B is the same on the device."""
+        self.sequences = len(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+        if self._has_storage:
+            # the copy is made anyway: let go of the slots that only a longer sequence used
+            self.kv_2BSJC = self.kv_2BSJC[:, row_B, : max(self.bound, self.reserve)]
             self.length_B = self.length_B[row_B]
 
+    def join(self, sequences: int) -> None:
+        """Hold so many more sequences, empty ones, after those that are here."""
+        self.sequences += sequences
+        self.lengths += [0] * sequences
+        if self._has_storage:
+            _, _, *slot = self.kv_2BSJC.shape
+            more = self.kv_2BSJC.new_zeros(2, sequences, *slot)
+            self.kv_2BSJC = torch.cat([self.kv_2BSJC, more], 1)
+            self.length_B = torch.cat([self.length_B, self.length_B.new_zeros(sequences)])
+
+    @property
+    def _has_storage(self) -> bool:
+        return self.kv_2BSJC.dim() == 5
+
     def _make_room(self, like_TJC: Tensor) -> None:
-        held = self.kv_2BSJC.size(2) if self.kv_2BSJC.dim() == 5 else 0
+        held = self.kv_2BSJC.size(2) if self._has_storage else 0
         if held >= self.bound and held > 0:
             return
         slots = max(self.bound, self.reserve, 2 * held)
@@ -78,7 +103,7 @@ class KVCache:
 
     Args:
         layers: of the model.
-        sequences: B, fixed but for `keep`.
+        sequences: B, fixed but for `keep` and `join`.
         reserve: tokens per sequence to hold room for from the start.
     """
 
@@ -87,5 +112,11 @@ class KVCache:
 
     def keep(self, row_B: Tensor) -> None:
         """Hold only the sequences `row_B` (int64, on the cache's device), in that order."""
+        rows: list[int] = row_B.tolist()
         for layer in self.layers:
-            layer.keep(row_B)
+            layer.keep(row_B, rows)
+
+    def join(self, sequences: int) -> None:
+        """Hold so many more sequences, empty ones, after those that are here."""
+        for layer in self.layers:
+            layer.join(sequences)

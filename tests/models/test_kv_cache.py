@@ -62,3 +62,25 @@ def test_another_number_of_sequences_is_refused():
     cache = LayerCache(sequences=2, reserve=0)
     with pytest.raises(ConfigError, match="cache holds 2 sequences, offsets_B1 has 3: want one"):
         cache.write(*numbered(0, 3), packing_of([1, 1, 1]))
+
+
+def test_sequences_join_those_that_are_there():
+    cache = KVCache(layers=1, sequences=0)
+    (layer,) = cache.layers
+    layer.write(*numbered(0, 0), packing_of([]))
+    cache.join(2)
+    layer.write(*numbered(0, 3), packing_of([2, 1]))
+    cache.join(1)
+    layer.write(*numbered(3, 4), packing_of([1, 0, 3]))
+    assert held(layer) == [[0, 1, 3], [2], [4, 5, 6]]
+
+
+def test_slots_of_a_long_sequence_leave_with_it():
+    cache = KVCache(layers=1, sequences=2)
+    (layer,) = cache.layers
+    layer.write(*numbered(0, 9), packing_of([8, 1]))
+    assert layer.bound == 8
+    cache.keep(torch.tensor([1]))
+    assert layer.bound == 1 and layer.kv_2BSJC.size(2) == 1
+    layer.write(*numbered(9, 1), packing_of([1]))
+    assert held(layer) == [[8, 9]]

@@ -1,0 +1,216 @@
+"""Requests in, streams of text out: one loop drives the ranks of a group, pass by pass.
+
+START HERE for serving: docs/life-of-a-request.md follows a request through this file.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from moe_router.config import ServeConfig, require
+from moe_router.errors import ClusterError, MoeRouterError, PeerLostError
+from moe_router.models import Sampling
+from moe_router.models.generate import check_prompts
+from moe_router.serving.group import Group
+from moe_router.serving.requests import Ask, Event, Finish, Health, Piece, Request
+from moe_router.serving.scheduler import Limits, Scheduler
+from moe_router.serving.text import TextStream
+from moe_router.training.data import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A prompt that somebody waits for."""
+
+    inbox: "asyncio.Queue[Piece | MoeRouterError]"
+    index: int
+    prompt_tokens: int
+    text: TextStream
+    made: int = 0
+
+    def take(self, event: Event) -> Finish:
+        """Pass a token on; says whether and why the answer has ended."""
+        text, finish = "", event.finish
+        if event.token is not None:
+            self.made += 1
+            text, stopped = self.text.push(event.token)
+            finish = "stop" if stopped else finish
+            if finish and not stopped:
+                text += self.text.end()
+        elif finish:
+            text = self.text.end()
+        tokens = () if event.token is None else (event.token,)
+        self.inbox.put_nowait(
+            Piece(self.index, text, tokens, finish, self.prompt_tokens, self.made)
+        )
+        return finish
+
+
+class Engine:
+    """Use it as `async with Engine(...) as engine`.
+
+    Args:
+        group: ready, and empty.
+        model: the name that clients know.
+        defaults: for what a request leaves out.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        tokenizer: Tokenizer,
+        model: str,
+        defaults: ServeConfig | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.model = model
+        self._group, self._tokenizer = group, tokenizer
+        self._defaults = defaults or ServeConfig()
+        self._scheduler = Scheduler(group.ranks, limits or Limits())
+        self._open: dict[int, _Open] = {}
+        self._next_id = 0
+        self._wake = asyncio.Event()
+        self._lost: PeerLostError | None = None  # what `check` has found
+        self._recovering = ""  # why
+        self._failed = ""  # why there is no hope
+        self._loop: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Engine":
+        self._loop = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._loop is not None:
+            self._loop.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._loop
+        self._fail("the server has ended")
+
+    async def stream(self, ask: Ask) -> AsyncIterator[Piece]:
+        """Answer every prompt of `ask`. Closing the iterator ends the work on it.
+
+        Raises:
+            ConfigError: the request cannot be met as it is.
+            QueueFullError: too many wait.
+            ClusterError: the ranks are gone for good.
+        """
+        if self._failed:
+            raise ClusterError(self._failed)
+        requests = self._requests(ask)
+        self._scheduler.add(requests)
+        inbox: asyncio.Queue[Piece | MoeRouterError] = asyncio.Queue()
+        for index, request in enumerate(requests):
+            text = TextStream(self._tokenizer, request.prompt, ask.stop)
+            self._open[request.id] = _Open(inbox, index, len(request.prompt), text)
+        self._wake.set()
+        left = len(requests)
+        try:
+            while left:
+                piece = await inbox.get()
+                if isinstance(piece, MoeRouterError):
+                    raise piece
+                left -= piece.finish != ""
+                yield piece
+        finally:
+            for request in requests:
+                if self._open.pop(request.id, None) is not None:
+                    self._scheduler.drop(request.id)
+            self._wake.set()
+
+    def health(self) -> Health:
+        """Red while the ranks are made anew."""
+        reason = self._failed or self._recovering
+        return Health(not reason, reason, self.model)
+
+    async def check(self) -> None:
+        """Find lost ranks also while nothing is computed; they are then replaced.
+
+        Raises:
+            ClusterError: the ranks are gone for good.
+        """
+        if self._failed:
+            raise ClusterError(self._failed)
+        if self._recovering:
+            return
+        try:
+            await self._group.ping()
+        except PeerLostError as error:
+            if not self._recovering:  # a pass may have found it meanwhile
+                self._lost = error
+                self._wake.set()
+
+    def _requests(self, ask: Ask) -> list[Request]:
+        require(bool(ask.prompts), "prompt", "nothing", "at least one prompt")
+        require(all(ask.stop), "stop", list(ask.stop), "texts that are not empty")
+        document = self._tokenizer.document_id
+        prompts = [
+            (document, *self._tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+            for prompt in ask.prompts
+        ]
+        check_prompts(prompts, self._tokenizer.vocab)
+        first, self._next_id = self._next_id, self._next_id + len(prompts)
+        return [Request(first + i, prompt, self._sampling(ask)) for i, prompt in enumerate(prompts)]
+
+    def _sampling(self, ask: Ask) -> Sampling:
+        ours = self._defaults
+        return Sampling(
+            max_new_tokens=ours.max_new_tokens if ask.max_tokens is None else ask.max_tokens,
+            temperature=ours.temperature if ask.temperature is None else ask.temperature,
+            top_k=ours.top_k if ask.top_k is None else ask.top_k,
+            top_p=ours.top_p if ask.top_p is None else ask.top_p,
+            seed=secrets.randbits(31) if ask.seed is None else ask.seed,
+        )
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            try:
+                if self._lost is not None:
+                    raise self._lost
+                if not self._scheduler.busy:
+                    self._wake.clear()
+                    continue
+                self._deliver(await self._group.step(self._scheduler.plan()))
+            except PeerLostError as lost:
+                await self._recover(lost)
+            except Exception as error:
+                # a bug of ours must not leave clients waiting for ever
+                _log.error("a pass failed", exc_info=error)
+                self._fail(f"{type(error).__name__} in a pass; the server's log has it")
+            if self._failed:
+                return
+
+    def _deliver(self, events: Sequence[Sequence[Event]]) -> None:
+        for event in (event for rank in events for event in rank):
+            waiting = self._open.get(event.id)
+            if waiting is None:
+                self._scheduler.ended(event.id)
+                continue
+            if event.token is not None:
+                self._scheduler.made(event.id, event.token)
+            finish = waiting.take(event)
+            if finish:
+                del self._open[event.id]
+                (self._scheduler.ended if event.finish else self._scheduler.drop)(event.id)
+
+    async def _recover(self, lost: PeerLostError) -> None:
+        self._recovering, self._lost = str(lost), None
+        _log.warning("ranks are made anew: %s", lost)
+        self._scheduler.restart()
+        try:
+            await self._group.recover(lost)
+        except MoeRouterError as error:
+            self._fail(str(error))
+        self._recovering = ""
+        self._lost = None
+
+    def _fail(self, reason: str) -> None:
+        """Nobody waits for what will never come."""
+        self._failed = reason
+        for waiting in self._open.values():
+            waiting.inbox.put_nowait(ClusterError(reason))

@@ -1,0 +1,107 @@
+"""What passes between the fronts, the engine and the ranks: immutable, and cheap to send."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_router.models import Sampling
+
+Finish = Literal["", "stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """What a client wants; None leaves the run's own `serve` value.
+
+    Attributes:
+        prompts: texts or token ids; each is continued by itself.
+        seed: None draws one, so that equal prompts get different texts.
+        stop: texts that end a completion and are not part of it.
+    """
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of the answer to one prompt of an `Ask`.
+
+    Attributes:
+        index: of the prompt.
+        text: whole characters only; may be empty.
+        tokens: what was made since the piece before.
+        finish: empty until the last piece of a prompt.
+        prompt_tokens: of the prompt, its separator among them.
+        made: tokens of this prompt's answer so far.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish
+    prompt_tokens: int
+    made: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Attributes:
+    reason: why not; empty when ok.
+    """
+
+    ok: bool
+    reason: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence, as a rank takes it.
+
+    Attributes:
+        id: unique in the engine.
+        prompt: token ids, at least one.
+        made: tokens that another generation of ranks has made already.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    made: tuple[int, ...] = ()
+
+    @property
+    def cost(self) -> int:
+        """Most cache slots it will take."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one rank does in one pass, beside a token for each sequence that it holds.
+
+    Attributes:
+        admit: sequences that begin.
+        drop: ids of sequences that nobody waits for any more.
+    """
+
+    admit: tuple[Request, ...] = ()
+    drop: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one pass came to for one sequence.
+
+    Attributes:
+        token: None when the stop token was drawn, which is no part of the text.
+        finish: not empty once the rank has let the sequence go.
+    """
+
+    id: int
+    token: int | None
+    finish: Finish

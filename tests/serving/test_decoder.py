@@ -1,0 +1,104 @@
+"""One rank's batch: whatever joins and leaves it, a request gets the text of `generate`."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_router.config import RoutingConfig
+from moe_router.errors import NotCausalError
+from moe_router.models import Sampling, generate
+from moe_router.serving.decoder import Decoder
+from moe_router.serving.requests import Event, Work
+from tests.gloo import run_ranks
+from tests.serving.work import REQUESTS, TOKENIZER, byte_model, drive, request, two_ranks
+
+HALT = RoutingConfig(kind="halt", threshold=0.9)
+SKIP = RoutingConfig(kind="skip", keep=0.5)
+
+
+def wanted(model, requests=REQUESTS, stop_id=TOKENIZER.document_id):
+    return {r.id: generate(model, [r.prompt], r.sampling, stop_id=stop_id)[0] for r in requests}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=5, max_size=5))
+def test_a_text_does_not_depend_on_when_its_neighbours_come(arrivals):
+    model = byte_model()
+    admitted = {}
+    for arrival, one in zip(arrivals, REQUESTS, strict=True):
+        admitted.setdefault(arrival, []).append(one)
+    assert drive(Decoder(model, TOKENIZER.document_id), admitted, 40) == wanted(model)
+
+
+@pytest.mark.parametrize("routing", [None, HALT, SKIP], ids=["plain", "halt", "skip"])
+def test_two_ranks_answer_as_one(routing):
+    one, other = run_ranks(2, two_ranks, routing)
+    assert one.keys() == {0, 2, 3} and other.keys() == {1, 4}
+    assert one | other == wanted(byte_model(routing=routing))
+
+
+def test_a_pass_without_sequences_is_a_pass():
+    decoder = Decoder(byte_model(), None)
+    assert decoder.step(Work()) == []
+    made = drive(decoder, {0: REQUESTS[:1]}, 20)
+    assert made == wanted(byte_model(), REQUESTS[:1])
+    assert decoder.step(Work()) == []
+
+
+def test_a_dropped_sequence_leaves_the_others_alone():
+    model = byte_model()
+    decoder = Decoder(model, None)
+    first, second, third, *_ = REQUESTS
+    made = drive(decoder, {0: [first, second, third]}, 3)
+    events = decoder.step(Work(drop=(first.id, 99)))
+    assert [event.id for event in events] == [second.id, third.id]
+    rest = drive(decoder, {}, 20)
+    for one, event in zip((second, third), events, strict=True):
+        tokens = [*made[one.id], event.token, *rest[one.id]]
+        assert tokens == wanted(model, [one], None)[one.id]
+
+
+def test_the_stop_token_ends_a_sequence_and_is_not_told():
+    model = byte_model(std=1.0)
+    one = request(0, "a", temperature=1.5, max_new_tokens=30)
+    free = wanted(model, [one], None)[0]
+    at = 3
+    assert free[at] not in free[:at]
+    decoder = Decoder(model, free[at])
+    events = [decoder.step(Work((one,) if n == 0 else ()))[0] for n in range(at + 1)]
+    assert [event.token for event in events] == [*free[:at], None]
+    assert events[-1] == Event(0, None, "stop") and decoder.step(Work()) == []
+
+
+def test_a_request_goes_on_where_another_generation_left_it():
+    model = byte_model()
+    for one in REQUESTS:
+        whole = wanted(model, [one], None)[one.id]
+        resumed = type(one)(one.id, one.prompt, one.sampling, made=tuple(whole[:3]))
+        assert drive(Decoder(model, None), {0: [resumed]}, 30)[one.id] == whole[3:]
+
+
+def test_memory_is_given_back():
+    decoder = Decoder(byte_model(), None)
+    for n in range(3):
+        drive(decoder, {0: [request(n, "x" * 50, max_new_tokens=30)]}, 30)
+    (layer, *_) = decoder._cache.layers
+    assert layer.bound == 0 and layer.kv_2BSJC.numel() == 0
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    with pytest.raises(NotCausalError, match="policy=expert_choice chooses by looking at later"):
+        Decoder(byte_model(policy="expert_choice"), None)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_request_gets_the_text_of_generate():
+    model = byte_model().to("cuda")
+    torch.use_deterministic_algorithms(False)
+    greedy = [request(i, text, temperature=0.0) for i, text in enumerate(["ab", "c", "defgh"])]
+    made = drive(Decoder(model, None), {0: greedy[:1], 2: greedy[1:]}, 20)
+    assert made == wanted(model, greedy, None)
+    assert all(
+        len(tokens) == Sampling(max_new_tokens=12).max_new_tokens for tokens in made.values()
+    )
