@@ -248,11 +248,13 @@ class ClusterConfig:
     actors: int = 1  # ExpertShard actors, one rank each
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_actor: float = 1.0
+    wait_s: float = 600.0  # for nodes that join the cluster at `address`; 0 refuses at once
     timeout_s: float = 120.0  # of a collective, and of an actor that does not answer
     max_recoveries: int = 10  # lost actors after which the run gives up
 
     def __post_init__(self) -> None:
         require(self.actors >= 1, "cluster.actors", self.actors, "at least 1")
+        require(self.wait_s >= 0, "cluster.wait_s", self.wait_s, "0 seconds or more")
         require(self.timeout_s > 0, "cluster.timeout_s", self.timeout_s, "above 0 seconds")
 
 

@@ -24,6 +24,7 @@ from moe_router.training.loop import Trainer
 from moe_router.training.parallel import is_peer_loss
 from moe_router.training.share import agreed
 from moe_router_cluster.gating_actor import Reporter
+from moe_router_cluster.network import point_gloo_to
 
 _ray: Any = ray  # half of its functions have no types
 
@@ -81,6 +82,7 @@ class ExpertShard:
         if ranks == 1:
             return
         cuda = self._device.type == "cuda"
+        point_gloo_to(address, port)
         with self._peers_may_be_lost():
             if rank != 0 or self._store is None:
                 self._store = TCPStore(address, port, is_master=False, wait_for_workers=False)

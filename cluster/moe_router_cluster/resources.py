@@ -11,7 +11,6 @@ import moe_router
 import moe_router_cluster
 import moe_router_kernels
 from moe_router.config import ClusterConfig
-from moe_router.errors import ClusterError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +33,33 @@ def _count(number: float, what: str) -> str:
 
 
 def pick_device(cluster: ClusterConfig, have: Resources) -> str:
-    """auto is cuda where every actor gets a GPU of its own, else cpu."""
+    """auto is cuda where every actor gets a GPU of its own, else cpu.
+
+    A cluster elsewhere that has any GPU is one for GPUs: too few are waited for.
+    """
     if cluster.device == "auto":
-        return "cuda" if have.gpus >= cluster.actors else "cpu"
+        enough = cluster.actors if cluster.address is None else 1
+        return "cuda" if have.gpus >= enough else "cpu"
     return cluster.device
 
 
-def require_room(cluster: ClusterConfig, device: str, have: Resources) -> None:
-    """Refuse actors that could never be placed, instead of waiting for them.
+def wanted(cluster: ClusterConfig, device: str) -> str:
+    """What all actors take together, in words."""
+    cpus = _count(cluster.actors * cluster.cpus_per_actor, "CPU")
+    return f"{cpus} and {_count(cluster.actors, 'GPU')}" if device == "cuda" else cpus
 
-    Raises:
-        ClusterError: with what the cluster has and the fix.
+
+def shortage(cluster: ClusterConfig, device: str, have: Resources) -> str | None:
+    """Why the actors could not be placed even if nothing else ran, and the fix; None if they could.
+
+    Args:
+        device: "cpu" or "cuda".
+        have: all that the cluster has, free or not.
     """
     actors, cpus = cluster.actors, cluster.cpus_per_actor
     if device == "cuda" and have.gpus < actors:
         fix = f"cluster.actors={have.gpus:g} or " if have.gpus >= 1 else ""
-        raise ClusterError(
+        return (
             f"cluster.device=cuda with cluster.actors={actors}: want {_count(actors, 'GPU')}, the "
             f"cluster has {have}; set {fix}cluster.device=cpu"
         )
@@ -57,10 +67,11 @@ def require_room(cluster: ClusterConfig, device: str, have: Resources) -> None:
         fits = int(have.cpus / cpus)
         fewer = f"cluster.actors={fits} or " if fits else ""
         share = int(100 * have.cpus / actors) / 100
-        raise ClusterError(
+        return (
             f"cluster.actors={actors} of cluster.cpus_per_actor={cpus:g}: want {actors * cpus:g} "
             f"CPUs, the cluster has {have}; set {fewer}cluster.cpus_per_actor={share:g}"
         )
+    return None
 
 
 def actor_environment(cluster: ClusterConfig, device: str) -> dict[str, str]:

@@ -4,32 +4,26 @@ formed again under the next generation when some are lost."""
 import math
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
 from moe_router.config import Config
-from moe_router.errors import ClusterError
 from moe_router_cluster.calls import Waiting
 from moe_router_cluster.expert_shard import ExpertShardActor
-from moe_router_cluster.resources import (
-    Resources,
-    actor_environment,
-    pick_device,
-    require_room,
-)
+from moe_router_cluster.placing import place
+from moe_router_cluster.resources import Resources, actor_environment, pick_device
 
 _ray: Any = ray  # half of its functions have no types
 BIRTH_S = 180.0  # a busy machine takes long to import torch, and then no ping is answered
 LEAVE_S = 3.0  # to finish a checkpoint that is lost anyway; a new actor takes as long
-PLACE_S = 30.0  # resources were counted before: placing takes milliseconds unless others took them
 
 
 def _kill(pid: int) -> None:
@@ -53,8 +47,7 @@ class ShardGroup:
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.generation = 0
         self.ranks = config.cluster.actors
-        self._have = Resources.of(_ray.cluster_resources())
-        self.device = pick_device(config.cluster, self._have)
+        self.device = pick_device(config.cluster, Resources.of(_ray.cluster_resources()))
         self._config = config
         self._run_dir = run_dir
         self._placement: Any = None
@@ -63,8 +56,11 @@ class ShardGroup:
         self._here = ray.get_runtime_context().get_node_id()
         self._local = config.cluster.address is None
 
-    def start(self, step_dir: Path | None) -> int:
+    def start(self, step_dir: Path | None, say: Callable[[str], None]) -> int:
         """Place the actors and form the first generation.
+
+        Args:
+            say: told in one line what is waited for, where nodes have to join first.
 
         Returns:
             Optimizer steps done: those of `step_dir`, 0 without it.
@@ -72,19 +68,7 @@ class ShardGroup:
         Raises:
             ClusterError: the cluster has no room for the actors.
         """
-        cluster = self._config.cluster
-        require_room(cluster, self.device, self._have)
-        bundle = {"CPU": cluster.cpus_per_actor}
-        if self.device == "cuda":
-            bundle["GPU"] = 1
-        self._placement = placement_group([bundle] * self.ranks, strategy="PACK")
-        if not self._placement.wait(PLACE_S if self._local else cluster.timeout_s):
-            free = Resources.of(_ray.available_resources())
-            raise ClusterError(
-                f"no room for {self.ranks} actors of {bundle}: of the cluster's {self._have}, "
-                f"{free} are free; end what else runs there, or lower cluster.actors or "
-                "cluster.cpus_per_actor"
-            )
+        self._placement = place(self._config.cluster, self.device, say)
         self._shards = [self._spawn(rank) for rank in range(self.ranks)]
         self._homes = [None] * self.ranks
         return self.form(step_dir)

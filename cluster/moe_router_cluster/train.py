@@ -106,7 +106,7 @@ class _Run:
 
     def _drive(self, group: "ShardGroup", agreement: "Agreement", per_token: float) -> bool:
         path, actors = self.folder.path, self.config.cluster.actors
-        step = group.start(self.folder.checkpoint)
+        step = group.start(self.folder.checkpoint, self._say)
         self._say(
             f"{actors} actor{'s' * (actors > 1)} on {group.device}, ready after "
             f"{time.monotonic() - self.began:.1f} s"

@@ -5,8 +5,7 @@ import pytest
 
 import moe_router
 from moe_router.config import ClusterConfig
-from moe_router.errors import ClusterError
-from moe_router_cluster.resources import Resources, actor_environment, pick_device, require_room
+from moe_router_cluster.resources import Resources, actor_environment, pick_device, shortage, wanted
 
 
 def test_auto_is_cuda_only_where_every_actor_gets_a_gpu():
@@ -14,6 +13,12 @@ def test_auto_is_cuda_only_where_every_actor_gets_a_gpu():
     assert pick_device(cluster, Resources(8, 2)) == "cuda"
     assert pick_device(cluster, Resources(8, 1)) == "cpu"
     assert pick_device(ClusterConfig(actors=2, device="cpu"), Resources(8, 2)) == "cpu"
+
+
+def test_auto_at_a_cluster_with_any_gpu_is_cuda():
+    elsewhere = ClusterConfig(address="10.0.0.1:6379", actors=16)
+    assert pick_device(elsewhere, Resources(96, 8)) == "cuda"
+    assert pick_device(elsewhere, Resources(96, 0)) == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -42,9 +47,17 @@ def test_auto_is_cuda_only_where_every_actor_gets_a_gpu():
     ],
 )
 def test_actors_that_could_never_be_placed_are_refused(cluster, device, have, message):
-    with pytest.raises(ClusterError) as refused:
-        require_room(cluster, device, have)
-    assert message in str(refused.value)
+    assert message in shortage(cluster, device, have)
+
+
+def test_actors_that_fit_lack_nothing():
+    assert shortage(ClusterConfig(actors=4, cpus_per_actor=0.5), "cpu", Resources(2, 0)) is None
+    assert shortage(ClusterConfig(actors=2, device="cuda"), "cuda", Resources(2, 2)) is None
+
+
+def test_what_is_wanted_is_said_in_words():
+    assert wanted(ClusterConfig(actors=3, cpus_per_actor=0.5), "cpu") == "1.5 CPUs"
+    assert wanted(ClusterConfig(actors=1), "cuda") == "1 CPU and 1 GPU"
 
 
 def test_actors_share_the_cores_and_find_our_packages():
