@@ -6,7 +6,7 @@ START HERE for serving: docs/life-of-a-request.md follows a request through this
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -91,7 +91,7 @@ class Engine:
                 await self._loop
         self._fail("the server has ended")
 
-    async def stream(self, ask: Ask) -> AsyncIterator[Piece]:
+    async def stream(self, ask: Ask) -> AsyncGenerator[Piece]:
         """Answer every prompt of `ask`. Closing the iterator ends the work on it.
 
         Raises:
@@ -122,7 +122,7 @@ class Engine:
                     self._scheduler.drop(request.id)
             self._wake.set()
 
-    def health(self) -> Health:
+    async def health(self) -> Health:
         """Red while the ranks are made anew."""
         reason = self._failed or self._recovering
         return Health(not reason, reason, self.model)

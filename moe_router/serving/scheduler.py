@@ -69,10 +69,12 @@ class Scheduler:
         for request in requests:
             want = f"at most {most} tokens; ask for fewer, or raise the engine's limit"
             require(request.cost <= most, "prompt + max_tokens", request.cost, want)
+        most = self._limits.queue
+        require(len(requests) <= most, "prompts", len(requests), f"at most {most} in one request")
         if self._waiting + len(requests) > self._limits.queue:
             raise QueueFullError(
                 f"{self._waiting} requests wait and {len(requests)} more came: want at most "
-                f"{self._limits.queue}; ask again later"
+                f"{most}; ask again later"
             )
         self._calls.append(deque(requests))
         self._waiting += len(requests)

@@ -1,0 +1,191 @@
+"""HTTP in OpenAI's format: /v1/completions, streamed or whole, /v1/models, and /health."""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from moe_router.errors import ClusterError, MoeRouterError, PeerLostError, QueueFullError
+from moe_router.serving.http_guard import Guard
+from moe_router.serving.openai_types import (
+    CompletionRequest,
+    FieldError,
+    choice,
+    completion,
+    error_body,
+    usage,
+)
+from moe_router.serving.requests import Piece
+from moe_router.serving.service import Service
+
+MAX_BODY = 4 << 20  # bytes: a prompt of a million token ids
+_RETRY_S = 5  # about what it takes to make a lost rank anew
+_GONE = 499  # nginx's number for a client that went away; nobody reads it
+_log = logging.getLogger(__name__)
+
+
+def make_app(service: Service, token: str | None = None) -> FastAPI:
+    """The routes over `service`.
+
+    Args:
+        token: asked of every route but /health; None: see `Guard`.
+    """
+    # no pages of documentation: they would load scripts from elsewhere
+    app = FastAPI(title="moe-router", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, token=token)
+    for kind in (MoeRouterError, HTTPException):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)
+    front = _Front(service)
+    app.add_api_route("/health", front.health, methods=["GET"])
+    app.add_api_route("/v1/models", front.models, methods=["GET"])
+    app.add_api_route("/v1/completions", front.completions, methods=["POST"])
+    return app
+
+
+class _Front:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._began = int(time.time())
+
+    async def health(self) -> Response:
+        health = await self._service.health()
+        if health.ok:
+            return JSONResponse({"status": "ok", "model": health.model})
+        body = {"status": "unavailable", "model": health.model, "reason": health.reason}
+        return JSONResponse(body, 503, {"Retry-After": str(_RETRY_S)})
+
+    async def models(self) -> Response:
+        model = {"id": self._service.model, "object": "model", "created": self._began}
+        return JSONResponse({"object": "list", "data": [model | {"owned_by": "moe-router"}]})
+
+    async def completions(self, request: Request) -> Response:
+        asked = CompletionRequest.read(await _body(request))
+        model = self._service.model
+        if asked.model is not None and asked.model != model:
+            body = error_body(
+                f"The model `{asked.model}` does not exist: want `{model}`",
+                "invalid_request_error",
+                code="model_not_found",
+                param="model",
+            )
+            return JSONResponse(body, 404)
+        pieces = self._service.stream(asked.ask)
+        if not asked.stream:
+            return await _unless_gone(request, self._whole(pieces))
+        # the first piece is awaited here: what is wrong with a request has a status of its own
+        first = await anext(pieces)
+        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        events = self._events(first, pieces, with_usage)
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+
+    async def _whole(self, pieces: AsyncGenerator[Piece]) -> Response:
+        texts: dict[int, str] = {}
+        last: dict[int, Piece] = {}
+        async with aclosing(pieces):
+            async for piece in pieces:
+                texts[piece.index] = texts.get(piece.index, "") + piece.text
+                last[piece.index] = piece
+        choices = [choice(i, texts[i], last[i].finish) for i in sorted(texts)]
+        used = usage(list(last.values()))
+        return JSONResponse(completion(_new_id(), self._service.model, choices, usage=used))
+
+    async def _events(
+        self, first: Piece, pieces: AsyncGenerator[Piece], with_usage: bool
+    ) -> AsyncIterator[str]:
+        id_, model = _new_id(), self._service.model
+        more: dict[str, Any] = {"usage": None} if with_usage else {}
+        last: dict[int, Piece] = {}
+        async with aclosing(pieces):
+            try:
+                async for piece in _chain(first, pieces):
+                    last[piece.index] = piece
+                    if piece.text or piece.finish:
+                        told = choice(piece.index, piece.text, piece.finish)
+                        yield _event(completion(id_, model, [told], **more))
+            except Exception as error:
+                yield _event(_as_json(error)[1])  # the status has gone out; no [DONE] follows
+                return
+        if with_usage:
+            yield _event(completion(id_, model, [], usage=usage(list(last.values()))))
+        yield "data: [DONE]\n\n"
+
+
+async def _chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+async def _body(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind.lower() != "application/json":  # a form of some web page needs no permission to post
+        raise HTTPException(415, f"Content-Type {kind or 'missing'}: want application/json")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, f"the body is too long: want at most {MAX_BODY} bytes")
+    return bytes(body)
+
+
+async def _unless_gone(request: Request, answer: Any) -> Response:
+    """Await an answer, but work for nobody who has hung up."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+
+    work, watch = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            response: Response = work.result()
+            return response
+        return Response(status_code=_GONE)
+    finally:
+        work.cancel()
+        watch.cancel()
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    status, body, headers = _as_json(error)
+    return JSONResponse(body, status, headers)
+
+
+def _as_json(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body, headers. A bug of ours goes to the log, not to the client."""
+    message, kind = str(error), "invalid_request_error"
+    match error:
+        case QueueFullError():
+            again = {"Retry-After": str(error.retry_after_s)}
+            return 429, error_body(message, "requests", code="rate_limit_exceeded"), again
+        case ClusterError() | PeerLostError():
+            again = {"Retry-After": str(_RETRY_S)}
+            return 503, error_body(message, "server_error", code="unavailable"), again
+        case FieldError():
+            return 400, error_body(message, kind, param=error.field), {}
+        case MoeRouterError():
+            return 400, error_body(message, kind), {}
+        case HTTPException():
+            return error.status_code, error_body(str(error.detail), kind), dict(error.headers or {})
+    _log.error("a request failed", exc_info=error)
+    return 500, error_body("internal error; the server's log has it", "server_error"), {}
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def _new_id() -> str:
+    return f"cmpl-{secrets.token_hex(12)}"

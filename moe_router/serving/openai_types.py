@@ -1,0 +1,140 @@
+"""The JSON of OpenAI's legacy completions: what is read, and what is written."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe_router.errors import ConfigError
+from moe_router.serving.requests import Ask, Piece
+
+_Id = Annotated[int, Field(ge=0)]
+_Ids = Annotated[list[_Id], Field(min_length=1)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_WANTED = {
+    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
+    "stop": "a text or up to 4 texts, each of 1..256 characters",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class CompletionRequest(_Strict):
+    """Fields that this server has no use for are taken at the value that changes nothing."""
+
+    model: str | None = None
+    prompt: str | _Ids | list[str] | list[_Ids]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None  # not OpenAI's; 0 is off
+    seed: int | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    n: Literal[1] | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: Literal[""] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+
+    @classmethod
+    def read(cls, body: bytes) -> "CompletionRequest":
+        """Parse a body. Raises FieldError: it is no such request."""
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise FieldError.of(error) from None
+
+    @property
+    def ask(self) -> Ask:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Ask(
+            prompts=_prompts(self.prompt),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=stop,
+        )
+
+
+def _prompts(
+    asked: str | list[int] | list[str] | list[list[int]],
+) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(asked, str):
+        return (asked,)
+    ids = tuple(i for i in asked if isinstance(i, int))
+    if ids:
+        return (ids,)
+    return tuple(p if isinstance(p, str) else tuple(p) for p in asked if not isinstance(p, int))
+
+
+class FieldError(ConfigError):
+    """Attributes:
+    field: the field of the request that is wrong, None if it is no JSON object.
+    """
+
+    def __init__(self, field: str | None, message: str) -> None:
+        self.field = field
+        super().__init__(message)
+
+    @classmethod
+    def of(cls, error: ValidationError) -> "FieldError":
+        first = error.errors(include_url=False)[0]
+        if not first["loc"]:
+            return cls(None, f"the body is no JSON object: {first['msg']}")
+        field = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            return cls(field, f"Unrecognized request argument supplied: {field}")
+        top = str(first["loc"][0])
+        if top in _WANTED:
+            return cls(top, f"{top}: want {_WANTED[top]}")
+        got = json.dumps(first["input"], default=str)[:80]
+        return cls(top, f"{field}={got}: {first['msg']}")
+
+
+def completion(
+    id_: str, model: str, choices: Sequence[dict[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """A whole answer, or one chunk of a stream."""
+    return {
+        "id": id_,
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": list(choices),
+        **more,
+    }
+
+
+def choice(index: int, text: str, finish: str) -> dict[str, Any]:
+    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish or None}
+
+
+def usage(last: Sequence[Piece]) -> dict[str, int]:
+    """Args:
+    last: the last piece of each prompt.
+    """
+    prompt, made = sum(p.prompt_tokens for p in last), sum(p.made for p in last)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+
+def error_body(
+    message: str, kind: str, *, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

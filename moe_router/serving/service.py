@@ -1,0 +1,20 @@
+"""What the fronts ask of whoever makes text: the engine itself, or a handle of one elsewhere."""
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from moe_router.serving.requests import Ask, Health, Piece
+
+
+class Service(Protocol):
+    """Attributes:
+    model: the name that clients know.
+    """
+
+    model: str
+
+    def stream(self, ask: Ask) -> AsyncGenerator[Piece]:
+        """See `Engine.stream`."""
+        ...
+
+    async def health(self) -> Health: ...
