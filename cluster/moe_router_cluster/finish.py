@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from moe_router.config import Config
@@ -133,7 +132,8 @@ def finish(
         console.print("no sample: the model's routing looks at later tokens", style="dim")
     else:
         _show(console, config.serve.prompt, text)
-    console.print(_table(summary, step_dir, report))
+    # soft_wrap: a path that a line break cuts cannot be copied
+    console.print(_facts(summary, step_dir, report), soft_wrap=True)
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def _show(console: Console, prompt: str, text: str) -> None:
     console.print(shown, soft_wrap=not console.is_terminal)
 
 
-def _table(summary: dict[str, Any], step_dir: Path, report: Path) -> Table:
+def _facts(summary: dict[str, Any], step_dir: Path, report: Path) -> Text:
     bits, unigram = summary["bits_per_byte"], summary["unigram_bits_per_byte"]
     speed = summary["tokens_per_second"]
     pace = "" if speed is None else f", {short(speed)} tokens/s"
@@ -168,12 +168,8 @@ def _table(summary: dict[str, Any], step_dir: Path, report: Path) -> Table:
         "checkpoint": near(step_dir),
         "report": near(report),
     }
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title_justify="left")
-    table.add_column(style="bold cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    return table
+    lines = [Text.assemble((f"{name:<12}", "bold cyan"), value) for name, value in rows.items()]
+    return Text("\n").join(lines)
 
 
 def _losses(count: int) -> str:

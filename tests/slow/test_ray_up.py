@@ -97,5 +97,6 @@ def test_ray_up_and_a_training_over_two_hosts(tmp_path):
     sent = re.search(r"submitted (quickstart-\w+)", said)[1]
     assert f"{sent} succeeded after" in said
     assert re.search(rf"│ {sent} .* succeeded ", said)
+    assert f"report      {tmp_path}/runs/quickstart/report.html\n" in said
     assert "left: 0" in said
     assert (tmp_path / "runs" / "quickstart" / "summary.json").is_file()
