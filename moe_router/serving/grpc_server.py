@@ -23,6 +23,7 @@ from moe_router.errors import (
     NonFiniteError,
     NotCausalError,
     PeerLostError,
+    QueueFullError,
     StaleEpochError,
     UnknownRouterError,
 )
@@ -38,6 +39,7 @@ _STATUS: tuple[tuple[type[MoeRouterError], grpc.StatusCode], ...] = (  # the fir
     (UnknownRouterError, grpc.StatusCode.NOT_FOUND),
     (StaleEpochError, grpc.StatusCode.FAILED_PRECONDITION),
     (NotCausalError, grpc.StatusCode.FAILED_PRECONDITION),
+    (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ClusterError, grpc.StatusCode.UNAVAILABLE),
     (PeerLostError, grpc.StatusCode.UNAVAILABLE),
     (CheckpointError, grpc.StatusCode.INTERNAL),
