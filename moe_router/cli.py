@@ -4,6 +4,7 @@ What a command works with is imported inside it: a wrong path is told at once.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -103,8 +104,10 @@ def generate(
 
         step = find_run(run).step
         from moe_router.commands import speak
+        from moe_router.tables import visible
 
-        typer.echo(speak(step, asked, seed, _device(device)))
+        said = speak(step, asked, seed, _device(device))
+        typer.echo(visible(said) if sys.stdout.isatty() else said)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal
+from unicodedata import category
 
 from rich import box
 from rich.table import Table
@@ -27,6 +28,11 @@ def short(number: float, unit: str = "") -> str:
     return f"{number / size:.3g}{' ' if unit else ''}{letter}{unit}"
 
 
+def visible(text: str) -> str:
+    """Text for a terminal: what a model wrote may hold its escape sequences."""
+    return "".join(c if c in "\n\t" or category(c) != "Cc" else "\ufffd" for c in text)
+
+
 def cost_table(cost: Cost, title: str) -> Table:
     """One row per layer, equal neighbours in one; FLOPs are split by part."""
     table = Table(
@@ -34,7 +40,7 @@ def cost_table(cost: Cost, title: str) -> Table:
         box=box.SIMPLE,
         pad_edge=False,
         caption="attention to dense: FLOPs per token, forward, 2 per multiply-add; dense: if every "
-        "expert processed every token; bytes: of fp32 weights; 0-3: each of these layers",
+        "expert processed every token; bytes: of fp32 weights; a range of layers: each of them",
         caption_justify="left",
     )
     for name in ("layer", "params", "active", "bytes", *_SPLIT, "routed", "dense"):

@@ -20,6 +20,7 @@ from moe_router.observability.report import write_report
 from moe_router.observability.summary import write_summary
 from moe_router.observability.trace import Recorder
 from moe_router.routing import Context
+from moe_router.tables import visible
 from moe_router.training.inference import load_for_inference
 from moe_router_cluster.progress import clock, short
 from moe_router_cluster.supervisor import Progress
@@ -150,8 +151,8 @@ def _one_thread() -> Iterator[None]:
 
 def _show(console: Console, prompt: str, text: str) -> None:
     shown = Text("\n")
-    shown.append(prompt, style="bold cyan")
-    shown.append(text[len(prompt) : _SHOWN])
+    shown.append(visible(prompt), style="bold cyan")
+    shown.append(visible(text[len(prompt) : _SHOWN]))
     if len(text) > _SHOWN:
         shown.append(" ...", style="dim")
     console.print(shown, soft_wrap=not console.is_terminal)
