@@ -64,7 +64,7 @@ class Skip(nn.Module):
         weight_T1 = logit_T.sigmoid()[:, None].masked_fill(kept.target_T1 < 0, 0.0)
         losses = {}
         if self.training and self.config.predictor_loss:
-            count = context.recall("tokens", lambda: self.total(logit_T.new_tensor(len(x_TD))))
+            count = context.recall("tokens", lambda: self.total(logit_T.new_full((), len(x_TD))))
             losses["predictor"] = _surprise(ahead_T, kept.target_T1) / count.clamp(min=1)
         if context.ledger is not None and not recomputing:
             context.ledger.add("router", flops_of(self, len(x_TD)), 0)

@@ -114,7 +114,9 @@ class Backbone(nn.Module):
         if passed.halted is not None:
             passed.halted = finish(passed.stream.x_TD, passed.halted)
             if self.training:
-                count = self._dispatcher.total(passed.halted.cumulative_T.new_tensor(ids_T.numel()))
+                # new_full, not new_tensor: a fill does not wait for the device
+                here = passed.halted.cumulative_T.new_full((), ids_T.numel())
+                count = self._dispatcher.total(here)
                 passed.depth.append({"ponder": ponder_loss(passed.halted, count)})
         return passed
 
