@@ -1,11 +1,12 @@
 """`moe-router`: every command of `moe_router.cli`, which needs no Ray, and those of a cluster."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from moe_router.cli import INTERRUPTED, Set, app, one_line_errors
+from moe_router.cli import INTERRUPTED, Run, Set, app, one_line_errors
 
 __all__ = ["app"]
 
@@ -93,6 +94,37 @@ def list_or_follow(
             return
         code = follow(jobs, job, Console())
     raise typer.Exit(code)
+
+
+@app.command()
+def serve(
+    run: Run,
+    port: Annotated[int, typer.Option(help="of HTTP", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0: any that is free", min=0, max=65535)] = 8001,
+    host: Annotated[str, typer.Option(help="others than loopback need a token")] = "127.0.0.1",
+    token_file: Annotated[
+        Path | None, typer.Option(help="holds the bearer token; default: $MOE_ROUTER_TOKEN")
+    ] = None,
+    actors: Annotated[int | None, typer.Option(help="default: the run's", min=1)] = None,
+    set_: Set = None,
+) -> None:
+    """Answer requests for text over HTTP, in OpenAI's format, and over gRPC, until Ctrl-C."""
+    with one_line_errors():
+        from moe_router_cluster.serve import serve as answer
+        from moe_router_cluster.serve_plan import ServeArguments
+
+        arguments = ServeArguments(
+            run=str(run),
+            actors=actors,
+            set=tuple(set_ or ()),
+            host=host,
+            grpc_port=grpc_port,
+            token_file=None if token_file is None else str(token_file),
+        )
+        try:
+            answer(arguments, port, Console())
+        except KeyboardInterrupt:
+            typer.echo("ended")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,14 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from moe_router.config import Config
 from moe_router.errors import ClusterError, PeerLostError
 from moe_router.observability.records import EvalRecord, StepRecord
+from moe_router.serving.decoder import Decoder
+from moe_router.serving.requests import Event, Work
+from moe_router.training.checkpoint_files import read_about
 from moe_router.training.data import Dataset, load_dataset
+from moe_router.training.inference import load_for_inference
 from moe_router.training.loop import Trainer
 from moe_router.training.parallel import is_peer_loss
-from moe_router.training.share import agreed
+from moe_router.training.share import agreed, facts
 from moe_router_cluster.gating_actor import Reporter
 from moe_router_cluster.network import point_gloo_to
 
@@ -48,6 +52,8 @@ class ExpertShard:
         self._dataset: Dataset | None = None
         self._trainer: Trainer | None = None
         self._reporter: Reporter | None = None
+        self._decoder: Decoder | None = None
+        self._facts: dict[str, Any] = {}
 
     def ping(self) -> None:
         """Answers while another call runs: the process lives and is not frozen."""
@@ -116,8 +122,7 @@ class ExpertShard:
             Optimizer steps done.
         """
         if self._dataset is None:
-            if os.path.isdir(self._folder):
-                os.chdir(self._folder)
+            self._go_to_folder()
             self._dataset = load_dataset(self._config.data)
         with self._peers_may_be_lost():
             self._trainer = Trainer(
@@ -160,6 +165,38 @@ class ExpertShard:
         """Write a checkpoint of the current step; wait=False returns while it is written."""
         with self._peers_may_be_lost():
             self._ready().save(self._run_dir, wait=wait)
+
+    def load(self, step_dir: str) -> int:
+        """Make ready to serve: the weights of a checkpoint, of the experts this rank's part.
+
+        Returns:
+            Optimizer steps that the checkpoint has behind it.
+
+        Raises:
+            NotCausalError: a layer's routing looks at later tokens.
+        """
+        self._go_to_folder()
+        folder = Path(step_dir)
+        step = int(read_about(folder)["step"])
+        model, config, tokenizer = load_for_inference(folder, self._device, ranks=self._ranks)
+        self._decoder = Decoder(model, tokenizer.document_id)
+        self._facts = facts(model, config.run.name, epoch=1, step=step)
+        return step
+
+    def decode(self, work: Work) -> list[Event]:
+        """One pass; see `Decoder.step`."""
+        if self._decoder is None:
+            raise ClusterError(f"rank {self._rank}: nothing to serve yet; call load first")
+        with self._peers_may_be_lost():
+            return self._decoder.step(work)
+
+    def routers(self) -> dict[str, Any]:
+        """What a gating service publishes of the served model; see `facts`."""
+        return self._facts
+
+    def _go_to_folder(self) -> None:
+        if os.path.isdir(self._folder):
+            os.chdir(self._folder)
 
     def _ready(self) -> Trainer:
         if self._trainer is None:

@@ -4,9 +4,9 @@ formed again under the next generation when some are lost."""
 import math
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -38,14 +38,18 @@ class ShardGroup:
     """Args:
     config: of the run; cluster.actors is the number of ranks.
     run_dir: absolute path, the same on every node.
+    bring: the method that brings a rank to a checkpoint: `restore` to train, `load` to serve.
 
     Attributes:
         generation: counts how often the group was formed.
         device: "cpu" or "cuda", what cluster.device comes to here.
     """
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, bring: Literal["restore", "load"] = "restore"
+    ) -> None:
         self.generation = 0
+        self._bring = bring
         self.ranks = config.cluster.actors
         self.device = pick_device(config.cluster, Resources.of(_ray.cluster_resources()))
         self._config = config
@@ -94,12 +98,17 @@ class ShardGroup:
             for rank, shard in enumerate(self._shards)
         ]
         self.gather(calls)
-        steps: list[int] = self.ask("restore", None if step_dir is None else str(step_dir))
+        steps: list[int] = self.ask(self._bring, None if step_dir is None else str(step_dir))
         return steps[0]
 
     def submit(self, method: str, *args: Any) -> list[Any]:
         """Ask every rank without waiting."""
         return [getattr(shard, method).remote(*args) for shard in self._shards]
+
+    def deal(self, method: str, each: Sequence[Any]) -> list[Any]:
+        """Ask every rank with an argument of its own; the answers, rank by rank."""
+        calls = [getattr(s, method).remote(x) for s, x in zip(self._shards, each, strict=True)]
+        return self.gather(calls)
 
     def gather(self, refs: list[Any]) -> list[Any]:
         """The answers, rank by rank. Raises as `Waiting.answers`."""

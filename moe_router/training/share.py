@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_router.gating_records import RouterWeights
+from moe_router.models import CausalLM
 from moe_router.placement import Placement
 from moe_router.training.loop import Trainer
 from moe_router.training.parallel import moe_layers
@@ -18,8 +19,16 @@ def agreed(trainer: Trainer, *, epoch: int, step: int) -> dict[str, Any]:
         epoch: that begins.
         step: the checkpointed step from which it holds.
     """
-    moes = moe_layers(trainer.model)
-    name = trainer.config.run.name
+    return facts(trainer.model, trainer.config.run.name, epoch=epoch, step=step)
+
+
+def facts(model: CausalLM, name: str, *, epoch: int, step: int) -> dict[str, Any]:
+    """The same for a model without a trainer.
+
+    Args:
+        name: of the model, by which `Route` finds its routers.
+    """
+    moes = moe_layers(model)
     return {
         "epoch": epoch,
         "step": step,
