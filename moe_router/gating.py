@@ -119,13 +119,14 @@ class GatingService:
             return self._present()
 
     def watch(self, after_epoch: int, timeout_s: float) -> Snapshot | None:
-        """Wait for an epoch other than `after_epoch`; None if there was none in `timeout_s`.
+        """Wait until an epoch other than `after_epoch` is published; None if none was in time.
 
-        With after_epoch=0 it waits for the first one only, and else returns at once.
+        With after_epoch=0 that is the present one; a service that started again has none.
         """
         _need(timeout_s >= 0, "timeout_s", timeout_s, "0 s or more")
         with self._changed:
-            came = self._changed.wait_for(lambda: self._agreed.epoch != after_epoch, timeout_s)
+            known = (0, after_epoch)
+            came = self._changed.wait_for(lambda: self._agreed.epoch not in known, timeout_s)
             return self._present() if came else None
 
     def heartbeat(self, rank: int) -> int:
@@ -179,17 +180,17 @@ class GatingService:
             offsets_B1: int32 bounds of the sequences in T; default: one sequence.
 
         Raises:
-            UnknownRouterError: no such model and layer.
             StaleEpochError: of another epoch than the present one.
+            UnknownRouterError: no such model and layer.
             GatingError: another D or dtype, bounds that are none, values that are not finite.
         """
         with self._changed:
             agreed, routers = self._agreed, self._routers
+        self._need_epoch(f"route by {model}/{layer}", epoch, agreed.epoch)
         router = routers.get((model, layer))
         if router is None:
             known = ", ".join(r.name for r in agreed.routers) or "none"
             raise UnknownRouterError(f"router {model}/{layer}: not published; there are: {known}")
-        self._need_epoch(f"route by {model}/{layer}", epoch, agreed.epoch)
         dim = next(r.dim for r in agreed.routers if r.key == (model, layer))
         tokens = _tokens(f"{model}/{layer}", x_TD, dim, offsets_B1)
         choice, config = router(tokens), router.config
@@ -214,8 +215,7 @@ class GatingService:
         """Forget ranks and loads that the new placement has no place for."""
         ranks, shape = self._agreed.placement.ranks, self._agreed.load_LE.shape
         self._seen = {r: at for r, at in self._seen.items() if r < ranks}
-        fitting = {r: x for r, x in self._load.items() if r < ranks and x.shape == shape}
-        self._load = fitting
+        self._load = {r: x for r, x in self._load.items() if r < ranks and x.shape == shape}
 
     def _need_epoch(self, where: str, got: int, want: int) -> None:
         if got != want:

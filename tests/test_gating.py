@@ -37,7 +37,8 @@ def service(clock):
 
 def test_nothing_is_known_before_the_first_epoch():
     service = GatingService()
-    assert service.snapshot().epoch == 0 and service.watch(0, 0.0) is None
+    assert service.snapshot().epoch == 0
+    assert service.watch(0, 0.0) is None and service.watch(7, 0.0) is None
     with pytest.raises(StaleEpochError, match="rank 0: nothing is published yet"):
         service.heartbeat(0)
 
