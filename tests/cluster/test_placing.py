@@ -1,83 +1,102 @@
-"""Room for actors: an autoscaler that adds nodes, and one that has none left to add."""
-
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+"""Room for actors, without Ray: what is waited for, what is said, and what is given back."""
 
 import pytest
-import yaml
 
-from moe_router.config_file import config_to_dict
+from moe_router.config import ClusterConfig
+from moe_router.errors import ClusterError
+from moe_router_cluster import placing
 
-ROOT = Path(__file__).resolve().parents[2]
-ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "cluster")])
-BIN = Path(sys.executable).parent
-# Nothing else ends the nodes that the autoscaler starts: they are processes of their own.
-UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-UNSHARE += [] if os.getuid() == 0 else ["--user", "--map-root-user"]
-COMMANDS = """
-ray start --head --port={port} --num-cpus=0 --include-dashboard=false --temp-dir={temp} \
-  --object-store-memory=100000000 --autoscaling-config=fake.yaml
-python -m moe_router_cluster.cli train tiny.yaml
-python -m moe_router_cluster.cli train tiny.yaml --set run.name=large --set cluster.actors=4 \
-  --set cluster.wait_s=3 2>&1 || echo "exit code $?"
-python -m moe_router_cluster.cli train tiny.yaml --set run.name=large --set cluster.actors=4 \
-  --set cluster.wait_s=0 2>&1 || echo "exit code $?"
-"""
+HERE = ClusterConfig(actors=2)
+ELSEWHERE = ClusterConfig(actors=2, address="10.0.0.1:6379", wait_s=0.05)
 
 
-def namespaces() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
+class Group:
+    """A placement group that is placed at its n-th look, or never."""
+
+    def __init__(self, looks: int | None) -> None:
+        self.looks = looks
+        self.bundles: list[dict[str, float]] = []
+
+    def wait(self, seconds: float) -> bool:
+        if self.looks is None:
+            return False
+        self.looks -= 1
+        return self.looks <= 0
 
 
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    fake = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "0"}
-    fake["AUTOSCALER_UPDATE_INTERVAL_S"] = "1"
-    ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "7" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
-    python = {"PATH": f"{BIN}:{kept['PATH']}", "PYTHONPATH": ROOTS, "OMP_NUM_THREADS": "1"}
-    return kept | fake | ours | python | {"COLUMNS": "120"}
+class World:
+    """A cluster as Ray counts it, and what was asked of it."""
+
+    def __init__(self, group: Group, have: dict[str, float], free: dict[str, float]) -> None:
+        self.group, self.removed = group, []
+        self.cluster_resources = lambda: have
+        self.available_resources = lambda: free
+
+    def placement_group(self, bundles, strategy):
+        self.group.bundles = bundles
+        return self.group
 
 
-@pytest.mark.slow
-def test_a_run_waits_for_nodes_that_an_autoscaler_adds(tiny, tmp_path):
-    if not namespaces():
-        pytest.skip("needs unshare of util-linux and the right to make a pid namespace")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    fake = yaml.safe_load(Path(__file__).with_name("fake_autoscaler.yaml").read_text())
-    fake["provider"]["gcs_address"] = f"127.0.0.1:{port}"
-    (tmp_path / "fake.yaml").write_text(yaml.safe_dump(fake))
-    config = tiny(steps=2, cluster={"cpus_per_actor": 1.0, "address": f"127.0.0.1:{port}"})
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
-    # not a tmp_path: the names of sockets in it must stay below 108 characters
-    with tempfile.TemporaryDirectory(prefix="mr-", ignore_cleanup_errors=True) as temp:
-        script = COMMANDS.format(port=port, temp=temp)
-        done = subprocess.run(
-            [*UNSHARE, "bash", "-euc", script],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=tmp_path,
-            timeout=200,
-            env=environment(),
-        )
-    said = done.stdout
-    assert done.returncode == 0, said
-    assert "waiting up to 10:00 for 2 CPUs: the cluster has 0 CPUs and 0 GPUs\n" in said
-    assert "2 actors on cpu" in said and "step 2/2" in said
-    full = (
-        "want 4 CPUs, the cluster has 2 CPUs and 0 GPUs; set cluster.actors=2 or cluster.cpus_per"
-    )
-    waited, refused = [line for line in said.splitlines() if full in line]
-    assert "waiting up to 0:03 for 4 CPUs: the cluster has 2 CPUs and 0 GPUs\n" in said
-    assert waited.endswith("; waited cluster.wait_s=3 for nodes to join")
-    assert "waited" not in refused
-    assert said.count("exit code 1\n") == 2
+@pytest.fixture
+def world(monkeypatch):
+    def make(*, looks: int | None, have: dict[str, float], free: dict[str, float]) -> World:
+        made = World(Group(looks), have, free)
+        monkeypatch.setattr(placing, "_ray", made)
+        monkeypatch.setattr(placing, "_AT_ONCE_S", 0.05)
+        monkeypatch.setattr(placing, "placement_group", made.placement_group)
+        monkeypatch.setattr(placing, "remove_placement_group", made.removed.append)
+        return made
+
+    return make
+
+
+def test_free_room_is_taken_in_silence(world):
+    made = world(looks=1, have={"CPU": 2, "GPU": 2}, free={"CPU": 2, "GPU": 2})
+    assert placing.place(HERE, "cuda", pytest.fail) is made.group
+    assert made.group.bundles == [{"CPU": 1.0, "GPU": 1.0}] * 2 and made.removed == []
+
+
+def test_what_can_never_fit_here_is_not_asked_for(world):
+    made = world(looks=1, have={"CPU": 1}, free={"CPU": 1})
+    with pytest.raises(ClusterError, match="want 2 CPUs, the cluster has 1 CPU and 0 GPUs; set"):
+        placing.place(HERE, "cpu", pytest.fail)
+    assert made.group.bundles == [] and made.removed == []
+
+
+def test_room_that_others_hold_is_given_up_with_a_reason(world):
+    made = world(looks=None, have={"CPU": 4}, free={"CPU": 1})
+    said = r"want 2 CPUs, of the cluster's 4 CPUs and 0 GPUs, 1 CPU and 0 GPUs are free; end what"
+    with pytest.raises(ClusterError, match=said):
+        placing.place(HERE, "cpu", pytest.fail)
+    assert made.removed == [made.group]
+
+
+def test_a_cluster_elsewhere_may_make_room(world):
+    made = world(looks=3, have={"CPU": 1}, free={"CPU": 1})
+    lines = []
+    assert placing.place(ELSEWHERE, "cpu", lines.append) is made.group
+    there = "the cluster has 1 CPU and 0 GPUs; to wait for GPUs set cluster.device=cuda"
+    assert lines == [f"waiting up to 0:00 for 2 CPUs: {there}"]
+    assert made.removed == []
+
+
+def test_nobody_waits_longer_than_wait_s(world):
+    made = world(looks=None, have={"CPU": 4, "GPU": 1}, free={"CPU": 4})
+    lines = []
+    with pytest.raises(ClusterError, match=r"; waited cluster\.wait_s=0\.05 for nodes to join$"):
+        placing.place(ELSEWHERE, "cuda", lines.append)
+    there = "the cluster has 4 CPUs and 1 GPU"
+    assert lines == [f"waiting up to 0:00 for 2 CPUs and 2 GPUs: {there}"]
+    assert made.removed == [made.group]
+
+
+def test_who_stops_waiting_stops_asking(world, monkeypatch):
+    made = world(looks=None, have={"CPU": 1}, free={"CPU": 1})
+
+    def interrupted(seconds: float) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made.group, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        placing.place(ELSEWHERE, "cpu", lambda line: None)
+    assert made.removed == [made.group]
