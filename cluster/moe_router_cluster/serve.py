@@ -1,5 +1,6 @@
 """`moe-router serve`: a run answers HTTP and gRPC until Ctrl-C."""
 
+import logging
 import re
 import socket
 import threading
@@ -41,6 +42,7 @@ def serve(arguments: ServeArguments, port: int, console: Console) -> None:
         from ray import serve as ray_serve  # reads the environment
 
         _serve: Any = ray_serve  # half of its functions have no types
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # we say what there is to say
 
         try:
             grpc_port = _deploy(plan, port)

@@ -126,7 +126,13 @@ def application(plan: ServePlan) -> Any:
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
-    engine = _serve.deployment(EngineReplica, **common, health_check_period_s=2)
+    engine = _serve.deployment(
+        EngineReplica,
+        **common,
+        health_check_period_s=2,
+        # a frozen rank takes cluster.timeout_s to tell; till then the replica itself is well
+        health_check_timeout_s=plan.config.cluster.timeout_s + 30,
+    )
     grpc = _serve.deployment(GrpcFront, **common)
     http = _serve.deployment(_serve.ingress()(HttpFront), **common)
     bound = engine.bind(plan)

@@ -12,8 +12,9 @@ from typing import Any
 from moe_router.config import ClusterConfig
 from moe_router.errors import ClusterError
 
-# Ray's own word on an actor that died, printed over the progress bar; the supervisor says it
-_HIDDEN = "A worker died or was killed"
+# Ray's own word on an actor that died, printed over the progress bar; the supervisor says it. And
+# Serve's on its controller, which it ends itself
+_HIDDEN = "A worker died or was killed|Task ServeController"
 _OBJECT_STORE = 100 << 20  # bytes; Ray's least is 75 MiB, and only records pass through it
 
 

@@ -1,0 +1,237 @@
+"""`moe-router serve` as a user types it: one Ray session, two ranks, HTTP and gRPC."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import pytest
+
+from moe_router.models import Sampling, generate
+from moe_router.serving import router_pb2 as pb
+from moe_router.serving.grpc_router import snapshot_of
+from moe_router.serving.matrices import from_matrix, to_matrix
+from moe_router.serving.router_pb2_grpc import GenerationStub, RouterStub
+from moe_router.training.inference import load_for_inference
+from moe_router.training.loop import Trainer
+from moe_router_cluster.run_folder import open_run
+from tests.cluster.test_cli import marked
+from tests.cluster.test_submit import free_ports
+
+pytestmark = pytest.mark.timeout(180)
+ROOT = Path(__file__).resolve().parents[2]
+ROOTS = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cluster")]
+KEY = {"Authorization": "Bearer secret"}
+GRPC_KEY = (("authorization", "Bearer secret"),)
+
+
+def start(arguments, folder, **more):
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_router_cluster.cli", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        start_new_session=True,  # Ctrl-C reaches every process of a terminal's group
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS), "MARK": mark, **more},
+    )
+    return process, mark
+
+
+@pytest.fixture(scope="module")
+def run(tiny_of_module):
+    """A run with a checkpoint: its folder."""
+    config = tiny_of_module(actors=1)
+    with open_run(config, restart=False) as folder:
+        trainer = Trainer(config, run_dir=folder.path)
+        for _ in range(3):
+            trainer.train_step()
+        trainer.save(folder.path, wait=True)
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def server(run):
+    """What it printed, its ports, its process, and the model that it serves."""
+    (run.parent / "token").write_text("secret\n")
+    (port,) = free_ports(1)
+    options = ["--port", str(port), "--grpc-port", "0", "--token-file", "token", "--actors", "2"]
+    more = ["--set", "cluster.timeout_s=20"]
+    process, mark = start([str(run), *options, *more], run.parent)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "Ctrl-C" in line:
+            break
+    else:
+        pytest.fail(f"{said} {process.stderr.read()}")
+    (address,) = [line.split()[1] for line in said if line.startswith("gRPC")]
+    model, _, tokenizer = load_for_inference(next(run.glob("step_*")))
+    yield SimpleNamespace(
+        port=port, grpc=address, mark=mark, process=process, said=said, model=model, tok=tokenizer
+    )
+    process.kill()
+    process.communicate()
+
+
+def call(server, method, path, body=None, headers=KEY):
+    """Status, body, headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    kind = {"Content-Type": "application/json"} if body is not None else {}
+    connection.request(method, path, None if body is None else json.dumps(body), kind | headers)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text, answer.headers
+
+
+def complete(server, prompt="The ", **asked):
+    status, text, _ = call(server, "POST", "/v1/completions", {"prompt": prompt, **asked})
+    return status, json.loads(text)
+
+
+def wanted(server, prompt="The ", **sampling):
+    """(tokens, text) of `generate`, all experts in one process."""
+    ids = [server.tok.document_id, *server.tok.encode(prompt)]
+    sampling = Sampling(**sampling)
+    made = generate(server.model, [ids], sampling, stop_id=server.tok.document_id)[0]
+    return made, server.tok.decode(made)
+
+
+def shards(server):
+    """Process ids of the ranks."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if server.mark.encode() in (place / "environ").read_bytes():
+                found[int(place.name)] = (place / "cmdline").read_bytes()
+        except OSError:  # it ended, or is somebody else's
+            continue
+    return [pid for pid, line in found.items() if b"ray::ExpertShard" in line]
+
+
+def test_it_says_where_it_is_and_how_to_ask(server):
+    text = "".join(server.said)
+    assert f"http://127.0.0.1:{server.port}/v1/completions" in text
+    assert "curl -N http://127.0.0.1:" in text and "Bearer $MOE_ROUTER_TOKEN" in text
+    assert "secret" not in text and "on 2 actors; starting" in text
+
+
+def test_health_is_open_and_the_rest_is_not(server):
+    assert json.loads(call(server, "GET", "/health", headers={})[1]) == {
+        "status": "ok",
+        "model": "tiny",
+    }
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        assert call(server, "GET", "/v1/models", headers=headers)[0] == 401
+        assert call(server, "POST", "/v1/completions", {"prompt": "a"}, headers)[0] == 401
+    (model,) = json.loads(call(server, "GET", "/v1/models")[1])["data"]
+    assert model["id"] == "tiny"
+
+
+def test_completions_over_two_ranks_are_those_of_generate(server):
+    asked = {"max_tokens": 12, "temperature": 0.9, "seed": 5}
+    sampling = {"max_new_tokens": 12, "temperature": 0.9, "seed": 5}
+    status, body = complete(server, ["The ", "a", "of"], **asked)
+    assert status == 200
+    texts = [choice["text"] for choice in body["choices"]]
+    assert texts == [wanted(server, p, **sampling)[1] for p in ("The ", "a", "of")]
+
+
+def test_a_stream_comes_in_pieces(server):
+    body = {"prompt": "The ", "stream": True, "max_tokens": 20, "temperature": 0, "seed": 5}
+    status, text, headers = call(server, "POST", "/v1/completions", body)
+    assert status == 200 and headers["content-type"].startswith("text/event-stream")
+    *events, done, _ = [event.removeprefix("data: ") for event in text.split("\n\n")]
+    assert done == "[DONE]" and len(events) > 2
+    parts = [json.loads(event)["choices"][0]["text"] for event in events]
+    assert "".join(parts) == wanted(server, max_new_tokens=20, temperature=0.0)[1]
+
+
+def test_a_wrong_request_has_a_status_of_its_own(server):
+    for more in ({}, {"stream": True}):
+        status, body = complete(server, [1, 999], **more)
+        assert status == 400
+        assert body["error"]["message"].startswith("prompt 0 holds token 999: want 0..256")
+
+
+def test_grpc_generate_is_generate(server):
+    request = pb.GenerateRequest(text="The ", max_tokens=12, temperature=0.9, seed=5)
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub = GenerationStub(channel)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stub.Generate(request))
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        events = list(stub.Generate(request, metadata=GRPC_KEY))
+        health = stub.Health(pb.HealthRequest(), metadata=GRPC_KEY)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stub.Generate(pb.GenerateRequest(), metadata=GRPC_KEY))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    made, text = wanted(server, max_new_tokens=12, temperature=0.9, seed=5)
+    assert [token for event in events for token in event.tokens] == made
+    assert "".join(event.text for event in events) == text
+    assert health == pb.HealthReply(ok=True, model="tiny")
+
+
+def test_the_routers_of_the_served_model_decide_for_outsiders(server):
+    import torch
+
+    from moe_router.types import Tokens
+
+    x_TD = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub = RouterStub(channel)
+        watch = stub.WatchSnapshot(pb.WatchSnapshotRequest(), metadata=GRPC_KEY)
+        snapshot = snapshot_of(next(watch))
+        watch.cancel()
+        request = pb.RouteRequest(model="tiny", layer=1, epoch=1, x_TD=to_matrix(x_TD))
+        reply = stub.Route(request, metadata=GRPC_KEY)
+    assert snapshot.placement.ranks == 2 and len(snapshot.routers) == 2
+    moe = server.model.moes[1]
+    tokens = Tokens(x_TD, torch.arange(7, dtype=torch.int32), torch.tensor([0, 7]).int())
+    assert torch.equal(from_matrix(reply.target_TK, "t"), moe(tokens).choice.target_TK)
+
+
+def test_a_stream_outlives_a_rank(server):
+    body = {"prompt": "The ", "stream": True, "max_tokens": 120, "temperature": 0.9, "seed": 6}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    kind = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), kind | KEY)
+    answer = connection.getresponse()
+    text = answer.readline()
+    before = shards(server)
+    os.kill(before[0], signal.SIGKILL)
+    text += answer.read()
+    connection.close()
+    events = [line.removeprefix("data: ") for line in text.decode().split("\n") if line]
+    parts = [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
+    sampling = {"max_new_tokens": 120, "temperature": 0.9, "seed": 6}
+    assert "".join(parts) == wanted(server, **sampling)[1] and events[-1] == "[DONE]"
+    assert len(shards(server)) == 2 and shards(server) != before
+
+
+def test_a_rank_that_dies_while_nobody_asks_is_found(server):
+    os.kill(shards(server)[1], signal.SIGKILL)
+    deadline, statuses = time.monotonic() + 40, []
+    while (time.monotonic() < deadline and statuses[-1:] != [200]) or 503 not in statuses:
+        statuses.append(call(server, "GET", "/health", headers={})[0])
+        time.sleep(0.05)
+    assert 503 in statuses and statuses[-1] == 200
+    sampling = {"max_new_tokens": 8, "temperature": 0.0}
+    status, body = complete(server, max_tokens=8, temperature=0)
+    assert (status, body["choices"][0]["text"]) == (200, wanted(server, **sampling)[1])
+
+
+def test_ctrl_c_ends_it_cleanly(server):
+    os.killpg(server.process.pid, signal.SIGINT)
+    out, err = server.process.communicate(timeout=60)
+    assert (server.process.returncode, out, err) == (0, "ended\n", "")
+    assert marked(server.mark) == []
