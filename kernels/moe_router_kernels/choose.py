@@ -1,4 +1,5 @@
-"""Which implementation decides and plans, and one call for whichever it is."""
+"""Where the Triton kernels run, and calls that import them on first use: not every machine has
+Triton, and its import takes time."""
 
 import importlib.util
 import os
@@ -23,7 +24,7 @@ def _has_triton() -> bool:
 def gate_and_plan(
     logits_TG: Tensor, k: int, *, experts: int, score: str, bias_E: Tensor | None
 ) -> dict[str, Tensor]:
-    """`fused.gate_and_plan`, imported on first use: it brings Triton, which not every machine has.
+    """`fused.gate_and_plan`.
 
     Args:
         logits_TG: (T, G) fp32 on a device for which `runs_triton` holds.
@@ -38,3 +39,36 @@ def gate_and_plan(
     return fused.gate_and_plan(
         logits_TG.detach().contiguous(), k, experts=experts, score=score, bias_E=bias_E
     )
+
+
+def runs_expert_mlp(kernels: str, x_TD: Tensor, gate_up: Tensor, src_R: Tensor) -> bool:
+    """Whether the fused experts are asked for, run on this device, and cover the shapes.
+
+    Args:
+        kernels: `auto` asks for them on a GPU in 16 bit, `triton` wherever they run.
+    """
+    asked = kernels == "triton" or (
+        kernels == "auto" and x_TD.is_cuda and x_TD.dtype in (torch.bfloat16, torch.float16)
+    )
+    if not (asked and runs_triton(x_TD.device)) or 0 in (src_R.numel(), *gate_up.shape):
+        return False
+    row_bytes = [n * x_TD.element_size() for n in (gate_up.size(1), gate_up.size(2) // 2)]
+    aligned = all(n % 16 == 0 for n in row_bytes)  # what a TMA descriptor takes
+    return aligned and x_TD.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    src_R: Tensor,
+    choice_R: Tensor,
+    offsets_G1: Tensor,
+    row_TK: Tensor,
+) -> Tensor:
+    """`expert_mlp.expert_mlp`."""
+    from moe_router_kernels import expert_mlp as module
+
+    plan = (src_R, choice_R, offsets_G1, row_TK)
+    return module.expert_mlp(x_TD, weight_TK, gate_up, down, *plan)

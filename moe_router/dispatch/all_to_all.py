@@ -117,11 +117,10 @@ class AllToAll:
         local = plan_from_ids(id_NK, held, rows=choices)
         return Received(x_ND, Choice(id_NK, weight_NK), local, way_back)
 
-    def combine(self, y_RD: Tensor, received: Received) -> Tensor:
-        plan, way = received.plan, received.handle
-        sum_ND = combine(y_RD, received.choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)
+    def combine(self, y_ND: Tensor, received: Received) -> Tensor:
+        way = received.handle
         home_RD = _Return.apply(  # type: ignore[no-untyped-call]
-            sum_ND, way.send, way.receive, self.group
+            y_ND, way.send, way.receive, self.group
         )
         row_TW = way.plan.row_TK
         unit_TW = torch.ones(row_TW.shape, device=row_TW.device)

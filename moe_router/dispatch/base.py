@@ -39,8 +39,8 @@ class Dispatcher(Protocol):
         self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement
     ) -> Received: ...
 
-    def combine(self, y_RD: Tensor, received: Received) -> Tensor:
-        """(R, D) expert outputs, rows of `received.plan`, to (T, D) weighted sums."""
+    def combine(self, y_ND: Tensor, received: Received) -> Tensor:
+        """Bring the weighted sums of the received tokens home, and add them up: (T, D)."""
         ...
 
     def total(self, x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from torch import Tensor
 from moe_router.dispatch.base import Received
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
-from moe_router_kernels import combine
 
 
 class Local:
@@ -15,9 +14,8 @@ class Local:
     def dispatch(self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement) -> Received:
         return Received(x_TD, choice, plan, None)
 
-    def combine(self, y_RD: Tensor, received: Received) -> Tensor:
-        plan = received.plan
-        return combine(y_RD, received.choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)
+    def combine(self, y_ND: Tensor, received: Received) -> Tensor:
+        return y_ND
 
     def total(self, x: Tensor) -> Tensor:
         return x

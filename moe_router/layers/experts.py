@@ -5,28 +5,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_router.config import Kernels
-from moe_router_kernels import grouped_mm, reference
+from moe_router.types import Choice, Plan
+from moe_router_kernels import combine, gather, grouped_mm, reference
+from moe_router_kernels.choose import expert_mlp, runs_expert_mlp
 
 
 class Experts(nn.Module):
     """Args:
     held: experts on this rank.
     dim, hidden: D and F.
-    kernels: `reference` multiplies expert by expert.
+    kernels: `reference` multiplies expert by expert; `auto` fuses on a GPU in 16 bit.
     """
 
     def __init__(self, held: int, dim: int, hidden: int, kernels: Kernels = "auto") -> None:
         super().__init__()
-        self._multiply = reference.grouped_mm if kernels == "reference" else grouped_mm
+        self.kernels = kernels
         self.gate_up = nn.Parameter(torch.randn(held, dim, 2 * hidden) * dim**-0.5)
         self.down = nn.Parameter(torch.randn(held, hidden, dim) * hidden**-0.5)
 
-    def forward(self, x_RD: Tensor, offsets_G1: Tensor) -> Tensor:
-        """(R, D) rows sorted by expert to (R, D); computes in autocast's dtype if it is on."""
-        device = x_RD.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RD.dtype
-        )
-        both_RF = self._multiply(x_RD.to(dtype), self.gate_up.to(dtype), offsets_G1)
-        gate_RF, up_RF = both_RF.chunk(2, -1)
-        return self._multiply(F.silu(gate_RF) * up_RF, self.down.to(dtype), offsets_G1)
+    def forward(self, x_ND: Tensor, choice: Choice, plan: Plan) -> Tensor:
+        """Each token's sum over its choices of weight * expert(token).
+
+        Args:
+            x_ND: tokens; computed in autocast's dtype if it is on.
+            choice: of the experts here, in order.
+            plan: over them.
+
+        Returns:
+            (N, D).
+        """
+        device = x_ND.device.type
+        if torch.is_autocast_enabled(device):
+            x_ND = x_ND.to(torch.get_autocast_dtype(device))
+        ways = (plan.src_R, plan.choice_R, plan.offsets_G1, plan.row_TK)
+        if runs_expert_mlp(self.kernels, x_ND, self.gate_up, plan.src_R):
+            # autocast would cast the weights for it, and their gradients back
+            with torch.autocast(device, enabled=False):
+                x_ND = x_ND.contiguous()
+                return expert_mlp(x_ND, choice.weight_TK, self.gate_up, self.down, *ways)
+        rows_RD = gather(x_ND, plan.src_R, plan.row_TK)
+        y_RD = self._rows(rows_RD, plan.offsets_G1)
+        return combine(y_RD, choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)
+
+    def _rows(self, x_RD: Tensor, offsets_G1: Tensor) -> Tensor:
+        """(R, D) rows sorted by expert to (R, D)."""
+        multiply = reference.grouped_mm if self.kernels == "reference" else grouped_mm
+        gate_up, down = (w.to(x_RD.dtype) for w in (self.gate_up, self.down))
+        gate_RF, up_RF = multiply(x_RD, gate_up, offsets_G1).chunk(2, -1)
+        return multiply(F.silu(gate_RF) * up_RF, down, offsets_G1)

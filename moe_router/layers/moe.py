@@ -12,7 +12,6 @@ from moe_router.placement import Placement
 from moe_router.routing import Context, Router, make_plan
 from moe_router.routing.decide import capacity
 from moe_router.types import Choice, Plan, Routed, Tokens
-from moe_router_kernels import gather
 
 
 class MoE(nn.Module):
@@ -75,9 +74,8 @@ class MoE(nn.Module):
             self._account(choice, plan, context)
 
         received = self.dispatcher.dispatch(x_TD, choice, plan, self.placement)
-        rows_RD = gather(received.x_ND, received.plan.src_R, received.plan.row_TK)
-        y_RD = self.experts(rows_RD, received.plan.offsets_G1)
-        delta_TD = self.dispatcher.combine(y_RD, received)
+        y_ND = self.experts(received.x_ND, received.choice, received.plan)
+        delta_TD = self.dispatcher.combine(y_ND, received)
         if self.shared is not None:
             delta_TD = delta_TD + self.shared(x_TD)
         if not isinstance(x, Tokens):

@@ -115,8 +115,8 @@ class Backbone(nn.Module):
             passed.halted = finish(passed.stream.x_TD, passed.halted)
             if self.training:
                 # new_full, not new_tensor: a fill does not wait for the device
-                here = passed.halted.cumulative_T.new_full((), ids_T.numel())
-                count = self._dispatcher.total(here)
+                mine = passed.halted.cumulative_T.new_full((), ids_T.numel())
+                count = self._dispatcher.total(mine)
                 passed.depth.append({"ponder": ponder_loss(passed.halted, count)})
         return passed
 

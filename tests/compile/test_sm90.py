@@ -17,7 +17,7 @@ from triton.backends import nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from moe_router_kernels import fused  # noqa: E402
+from moe_router_kernels import fused, grouped, tiles, unpermute  # noqa: E402
 
 BIN = Path(nvidia.__file__).parent / "bin"
 INTS, FLOATS = "*i32", "*fp32"
@@ -34,16 +34,27 @@ SCAN = dict.fromkeys(["load_ptr", "before_ptr", "total_ptr"], INTS)
 SCAN |= {"blocks": "i32", "G": "i32"}
 
 
-def spilled(kernel, types, constants, tmp_path):
-    """Spill instructions in the machine code of sm_90."""
+def machine_code(kernel, types, constants, tmp_path, aligned=(), **options):
+    """SASS of sm_90; `aligned` are arguments that 16 divides."""
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     at = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    compiled = triton.compile(ASTSource(kernel, signature, at), target=GPUTarget("cuda", 90, 32))
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, at, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     sass = subprocess.run([BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True)
     assert sass.returncode == 0 and "EXIT" in sass.stdout, sass.stderr
-    return sass.stdout.count("LDL") + sass.stdout.count("STL")
+    return sass.stdout
+
+
+def spills(sass):
+    return sass.count("LDL") + sass.count("STL")
+
+
+def spilled(*kernel):
+    """Spill instructions in the machine code."""
+    return spills(machine_code(*kernel))
 
 
 @pytest.mark.parametrize("groups, k, block", [(8, 2, 32), (128, 8, 16)])
@@ -67,3 +78,60 @@ def test_scan(tmp_path):
 def test_move(tmp_path):
     constants = {"K": 8, "BLOCK_T": 8, "BLOCK_D": 256}
     assert spilled(fused._move_kernel, MOVE, constants, tmp_path) == 0
+
+
+HALF = "*bf16"
+GEMM = dict.fromkeys(["a_ptr", "b_ptr", "w_ptr", "out_ptr", "act_ptr", "pre_ptr"], HALF)
+GEMM |= dict.fromkeys(["src_ptr", "offsets_ptr", "group_ptr", "row_ptr", "used_ptr"], INTS)
+GEMM |= dict.fromkeys(["weight_ptr", "dot_ptr"], FLOATS)
+GEMM |= dict.fromkeys(["G", "R", "K", "M", "N", "tiles", "stride_a", "stride_b"], "i32")
+PLAIN = {"used_ptr", "G", "tiles"}  # 16 need not divide these
+LARGE = tiles.Problem(1 << 18, 128, 1024, 128, None)
+
+
+def gemm(kernel, name, tmp_path, **constants):
+    tile = tiles.pick(name, LARGE)
+    constants |= {"PROGRAMS": 132, "PRECISION": "tf32", "GROUP_M": tile.band}
+    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    aligned = [n for n in kernel.arg_names if n not in constants and n not in PLAIN]
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return machine_code(kernel, GEMM, constants, tmp_path, aligned, **options)
+
+
+@pytest.mark.parametrize(
+    "name, gather, transposed, epilogue",
+    [
+        ("up", True, False, "swiglu"),
+        ("down", False, False, "none"),
+        ("down_backward", True, True, "swiglu_backward"),
+        ("up_backward", False, True, "none"),
+    ],
+)
+def test_rows_times_groups(name, gather, transposed, epilogue, tmp_path):
+    flags = {"GATHER": gather, "TRANSPOSED": transposed, "EPILOGUE": epilogue}
+    flatten = tiles.pick(name, LARGE).flatten
+    sass = gemm(grouped._rows_kernel, name, tmp_path, FLATTEN=flatten, **flags)
+    assert spills(sass) <= 8
+    # warpgroup matrix products, the copy engine for weights, asynchronous copies for the gather
+    assert "HGMMA" in sass and "UTMALDG" in sass and ("LDGSTS" in sass) == gather
+
+
+@pytest.mark.parametrize("name, gather_a", [("gate_up_weights", True), ("down_weights", False)])
+def test_group_weights(name, gather_a, tmp_path):
+    sass = gemm(grouped._weights_kernel, name, tmp_path, GATHER_A=gather_a)
+    assert spills(sass) == 0 and "HGMMA" in sass and "UTMALDG" in sass and "LDGSTS" in sass
+
+
+def test_tile_table(tmp_path):
+    types = dict.fromkeys(("offsets_ptr", "group_ptr", "row_ptr", "used_ptr"), INTS)
+    types |= {"G": "i32", "bound": "i32"}
+    constants = {"BLOCK_M": 128, "G_PAD": 512, "BLOCK_N": 64}
+    # a table of 512 groups is wider than the registers; it is read once a Plan
+    assert spilled(grouped._tile_table_kernel, types, constants, tmp_path) <= 1024
+
+
+def test_combine(tmp_path):
+    types = {"y_ptr": HALF, "weight_ptr": FLOATS, "row_ptr": INTS, "out_ptr": HALF}
+    types |= {"T": "i32", "D": "i32"}
+    constants = {"K": 8, "WEIGHTED": True, "BLOCK_T": 1, "BLOCK_D": 1024}
+    assert spilled(unpermute._combine_kernel, types, constants, tmp_path) == 0

@@ -1,0 +1,370 @@
+"""Triton: the expert GEMMs. Rows of a group times the matrix of the group, with what stands before
+and after fused in: rows are gathered by the load, SwiGLU and its backward run on the accumulators.
+
+Rows are sorted by group, R of them; groups are ragged and may be empty. A tile never crosses a
+group. Which tile belongs to which group is a table on the device, so nothing waits for counts.
+
+Not covered: K dimensions whose rows are no multiple of 16 bytes (a TMA descriptor wants that).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_router_kernels.tiles import Tile
+
+
+@triton.jit
+def _tile_table_kernel(  # type: ignore[no-untyped-def]
+    offsets_ptr, group_ptr, row_ptr, used_ptr, G, bound, BLOCK_M: tl.constexpr,
+    G_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    group = tl.arange(0, G_PAD)
+    first = tl.load(offsets_ptr + group, mask=group < G, other=0)
+    last = tl.load(offsets_ptr + group + 1, mask=group < G, other=0)
+    tiles = (last - first + BLOCK_M - 1) // BLOCK_M
+    end = tl.cumsum(tiles, 0)
+    tile = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mine = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), 1)
+    here = group[None, :] == mine[:, None]
+    start = first - (end - tiles) * BLOCK_M
+    row = tl.sum(tl.where(here, start[None, :], 0), 1) + tile * BLOCK_M
+    tl.store(group_ptr + tile, mine, mask=tile < bound)
+    tl.store(row_ptr + tile, row, mask=tile < bound)
+    if tl.program_id(0) == 0:
+        tl.store(used_ptr, tl.sum(tiles, 0))
+
+
+@triton.jit
+def _silu_parts(gate):  # type: ignore[no-untyped-def]
+    """silu(gate), and its derivative."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    value = gate * sigmoid
+    return value, sigmoid * (1.0 + gate - value)
+
+
+@triton.jit
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    a_ptr,  # (rows of a, K)
+    src_ptr,  # (R,) int32, row of a for each row; unused unless GATHER
+    w_ptr,  # (G, K, N), or (G, N, K) if TRANSPOSED
+    offsets_ptr,
+    group_ptr,
+    row_ptr,
+    used_ptr,
+    out_ptr,  # (R, N)
+    act_ptr,  # (R, N / 2) of SwiGLU; (R, N) of its backward
+    pre_ptr,  # (R, 2 N), read by the backward of SwiGLU
+    weight_ptr,  # (R,) fp32 weight of each row, for the backward
+    dot_ptr,  # (tiles of N, R) fp32 partial gradients of those weights
+    G, R, K, N,
+    stride_a,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    EPILOGUE: tl.constexpr,  # "none", "swiglu", "swiglu_backward"
+    PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    dtype = out_ptr.dtype.element_ty
+    # gate and up are two tiles of BLOCK_N columns, half of N apart
+    width = N // 2 if EPILOGUE == "swiglu" else N
+    tiles_n = tl.cdiv(width, BLOCK_N)
+    tiles_m = tl.load(used_ptr)
+    if TRANSPOSED:
+        w_desc = tl.make_tensor_descriptor(
+            w_ptr, [G, N, K], [N.to(tl.int64) * K, K, 1], [1, BLOCK_N, BLOCK_K]
+        )
+    else:
+        w_desc = tl.make_tensor_descriptor(
+            w_ptr, [G, K, N], [N.to(tl.int64) * K, N, 1], [1, BLOCK_K, BLOCK_N]
+        )
+    if not GATHER:
+        used = tl.load(offsets_ptr + G)  # what lies past it may be NaN
+        a_desc = tl.make_tensor_descriptor(a_ptr, [used, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
+        band = tile // (GROUP_M * tiles_n)
+        inside = tile - band * GROUP_M * tiles_n
+        height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+        m = band * GROUP_M + inside % height
+        n = (inside // height) * BLOCK_N
+        group = tl.load(group_ptr + m)
+        row0 = tl.load(row_ptr + m)
+        row = row0 + tl.arange(0, BLOCK_M)
+        live = row < tl.load(offsets_ptr + group + 1)
+        if GATHER:
+            src = tl.load(src_ptr + row, mask=live, other=0)
+            a_at = a_ptr + src.to(tl.int64)[:, None] * stride_a
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if EPILOGUE == "swiglu":
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if GATHER:
+                column = k + tl.arange(0, BLOCK_K)
+                a = tl.load(a_at + column[None, :], mask=(column < K)[None, :], other=0.0)
+            else:
+                a = a_desc.load([row0, k])
+            if TRANSPOSED:
+                w = w_desc.load([group, n, k]).reshape(BLOCK_N, BLOCK_K).T
+            else:
+                w = w_desc.load([group, k, n]).reshape(BLOCK_K, BLOCK_N)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+            if EPILOGUE == "swiglu":
+                w_up = w_desc.load([group, k, width + n]).reshape(BLOCK_K, BLOCK_N)
+                up = tl.dot(a, w_up, up, input_precision=PRECISION)
+        column = n + tl.arange(0, BLOCK_N)
+        keep = live[:, None] & (column < width)[None, :]
+        at = row.to(tl.int64)[:, None] * N + column[None, :]
+        if EPILOGUE == "none":
+            tl.store(out_ptr + at, acc.to(dtype), mask=keep)
+        elif EPILOGUE == "swiglu":
+            # what is stored is what the backward pass will read
+            gate, lift = acc.to(dtype), up.to(dtype)
+            tl.store(out_ptr + at, gate, mask=keep)
+            tl.store(out_ptr + at + width, lift, mask=keep)
+            value, _ = _silu_parts(gate.to(tl.float32))
+            act_at = row.to(tl.int64)[:, None] * width + column[None, :]
+            tl.store(act_ptr + act_at, (value * lift.to(tl.float32)).to(dtype), mask=keep)
+        else:
+            weight = tl.load(weight_ptr + row, mask=live, other=0.0)
+            dot = tl.zeros((BLOCK_M,), tl.float32)
+            # a few columns at a time: the whole tile's intermediates do not fit into registers
+            wide: tl.constexpr = BLOCK_N > 128
+            part: tl.constexpr = BLOCK_N // 8 if wide else BLOCK_N // 4
+            halves = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            for i in tl.static_range(2):
+                quarters = halves[i].reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
+                for j in tl.static_range(2):
+                    at_n = n + i * (BLOCK_N // 2) + j * (BLOCK_N // 4)
+                    if wide:
+                        parts = quarters[j].reshape(BLOCK_M, 2, part).permute(0, 2, 1).split()
+                        for h in tl.static_range(2):
+                            dot += _swiglu_backward(
+                                parts[h], weight, row, live, at_n + h * part, out_ptr, act_ptr,
+                                pre_ptr, N, part,
+                            )  # fmt: skip
+                    else:
+                        dot += _swiglu_backward(
+                            quarters[j], weight, row, live, at_n, out_ptr, act_ptr, pre_ptr, N,
+                            part,
+                        )  # fmt: skip
+            tl.store(dot_ptr + (n // BLOCK_N).to(tl.int64) * R + row, dot, mask=live)
+
+
+@triton.jit
+def _swiglu_backward(  # type: ignore[no-untyped-def]
+    acc, weight, row, live, first, out_ptr, act_ptr, pre_ptr, N, COLUMNS: tl.constexpr
+):
+    """Store gradient and weighted activation of some columns; return their part of the dot."""
+    dtype = out_ptr.dtype.element_ty
+    column = first + tl.arange(0, COLUMNS)
+    keep = live[:, None] & (column < N)[None, :]
+    pre_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
+    gate = tl.load(pre_ptr + pre_at, mask=keep, other=0.0).to(tl.float32)
+    lift = tl.load(pre_ptr + pre_at + N, mask=keep, other=0.0).to(tl.float32)
+    value, slope = _silu_parts(gate)
+    act = value * lift
+    act_at = row.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(act_ptr + act_at, (weight[:, None] * act).to(dtype), mask=keep)
+    scaled = acc * weight[:, None]
+    tl.store(out_ptr + pre_at, (scaled * lift * slope).to(dtype), mask=keep)
+    tl.store(out_ptr + pre_at + N, (scaled * value).to(dtype), mask=keep)
+    return tl.sum(acc * act, 1)
+
+
+@triton.jit
+def _weights_kernel(  # type: ignore[no-untyped-def]
+    a_ptr,  # (rows of a, M)
+    b_ptr,  # (rows of b, N)
+    src_ptr,  # (R,) int32, row of the gathered one for each row
+    offsets_ptr,
+    out_ptr,  # (G, M, N): a transposed times b, over the rows of each group
+    G, M, N,
+    tiles,
+    stride_a,
+    stride_b,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    GATHER_A: tl.constexpr,  # else b is gathered
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    per_group = tiles_m * tiles_n
+    used = tl.load(offsets_ptr + G)  # what lies past it may be NaN
+    if GATHER_A:
+        desc = tl.make_tensor_descriptor(b_ptr, [used, N], [stride_b, 1], [BLOCK_K, BLOCK_N])
+    else:
+        desc = tl.make_tensor_descriptor(a_ptr, [used, M], [stride_a, 1], [BLOCK_K, BLOCK_M])
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
+        group = tile // per_group
+        inside = tile - group * per_group
+        band = inside // (GROUP_M * tiles_n)
+        left = inside - band * GROUP_M * tiles_n
+        height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+        m = (band * GROUP_M + left % height) * BLOCK_M
+        n = (left // height) * BLOCK_N
+        first, last = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+        at_m, at_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        row = first + tl.arange(0, BLOCK_K)
+        next_src = tl.load(src_ptr + row, mask=row < last, other=0)
+        for k in range(first, last, BLOCK_K):
+            # rows of the next group that the descriptor brings meet zeros here
+            live = k + tl.arange(0, BLOCK_K) < last
+            src = next_src.to(tl.int64)[:, None]
+            # one step ahead: a load that waits for a load is not pipelined deeply
+            row = k + BLOCK_K + tl.arange(0, BLOCK_K)
+            next_src = tl.load(src_ptr + row, mask=row < last, other=0)
+            if GATHER_A:
+                keep = live[:, None] & (at_m < M)[None, :]
+                a = tl.load(a_ptr + src * stride_a + at_m[None, :], mask=keep, other=0.0)
+                b = desc.load([k, n])
+            else:
+                keep = live[:, None] & (at_n < N)[None, :]
+                a = desc.load([k, m])
+                b = tl.load(b_ptr + src * stride_b + at_n[None, :], mask=keep, other=0.0)
+            acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+        out_at = (group.to(tl.int64) * M + at_m)[:, None] * N + at_n[None, :]
+        keep = (at_m < M)[:, None] & (at_n < N)[None, :]
+        tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """R rows sorted by group, cut into tiles; made once per Plan and tile height.
+
+    Attributes:
+        rows: R, a bound.
+        offsets_G1: int32, rows of each group.
+        group_N, row_N: int32, its group and its first row; N is a bound.
+        used: (1,) int32, how many there are.
+        m: height of a tile.
+    """
+
+    rows: int
+    offsets_G1: Tensor
+    group_N: Tensor
+    row_N: Tensor
+    used: Tensor
+    m: int
+
+
+def cut(offsets_G1: Tensor, rows: int, m: int) -> Rows:
+    """Cut R rows into tiles of at most m rows of one group."""
+    G = offsets_G1.numel() - 1
+    bound = triton.cdiv(rows, m) + G
+    group_N, row_N, used = (offsets_G1.new_empty(n) for n in (bound, bound, 1))
+    _tile_table_kernel[(triton.cdiv(bound, 64),)](
+        offsets_G1, group_N, row_N, used, G, bound,
+        BLOCK_M=m, G_PAD=triton.next_power_of_2(G), BLOCK_N=64, num_warps=4,
+    )  # fmt: skip
+    return Rows(rows, offsets_G1, group_N, row_N, used, m)
+
+
+def _programs(device: torch.device) -> int:
+    """One for each multiprocessor: they take tiles until none is left."""
+    if device.type != "cuda":
+        return 4  # the interpreter runs them one after another
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
+def rows_times_groups(
+    a: Tensor,
+    w: Tensor,
+    rows: Rows,
+    *,
+    src_R: Tensor | None = None,
+    transposed: bool = False,
+    epilogue: str = "none",
+    pre_RF: Tensor | None = None,
+    weight_R: Tensor | None = None,
+    tile: Tile,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows of group g times w[g].
+
+    Args:
+        a: (R, K), or (T, K) if `src_R` says which row of it each row is.
+        w: (G, K, N), or (G, N, K) if transposed; contiguous.
+        rows: of `cut`, for the tile's m.
+        epilogue: `swiglu`: the columns of w are gate and up, the second result silu(gate) * up.
+            `swiglu_backward`: the product is the gradient of that second result; pre_RF is what
+            came out first, weight_R the weight of each row.
+
+    Returns:
+        out (R, N), and by epilogue: act (R, N / 2); for the backward out is the gradient (R, 2 N)
+        of pre, act (R, N) is weight * silu(gate) * up, and dot (R,) fp32 the gradient of the
+        weight. Rows past the last group are unspecified.
+    """
+    G, (K, N) = w.size(0), w.shape[1:]
+    if transposed:
+        K, N = N, K
+    back = epilogue == "swiglu_backward"
+    width = N // 2 if epilogue == "swiglu" else N
+    R = rows.rows
+    out = a.new_empty(R, 2 * N if back else N)
+    act = None if epilogue == "none" else a.new_empty(R, width)
+    dot = None
+    if back:
+        dot = torch.zeros(triton.cdiv(N, tile.n), R, device=a.device)
+    if a.device.type == "cuda":
+        triton.set_allocator(_scratch)
+    none = out
+    _rows_kernel[(_programs(a.device),)](
+        a, none if src_R is None else src_R, w,
+        rows.offsets_G1, rows.group_N, rows.row_N, rows.used,
+        out, none if act is None else act, none if pre_RF is None else pre_RF,
+        none if weight_R is None else weight_R, none if dot is None else dot,
+        G, R, K, N, a.stride(0),
+        PROGRAMS=_programs(a.device), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        GROUP_M=tile.band, GATHER=src_R is not None, TRANSPOSED=transposed, EPILOGUE=epilogue,
+        PRECISION="ieee" if a.dtype == torch.float32 else "tf32", FLATTEN=tile.flatten,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, act, None if dot is None else dot.sum(0)
+
+
+def group_weights(
+    a: Tensor,
+    b: Tensor,
+    offsets_G1: Tensor,
+    *,
+    src_R: Tensor,
+    gather: str,
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Tensor:
+    """(G, M, N): a transposed times b over the rows of each group; 0 for an empty one.
+
+    Args:
+        a, b: (R, M) and (R, N); the one that `gather` names is (T, ...), read by src_R.
+        gather: `a` or `b`.
+        dtype: of the result.
+    """
+    G, M, N = offsets_G1.numel() - 1, a.size(1), b.size(1)
+    out = a.new_empty(G, M, N, dtype=dtype)
+    count = G * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
+    programs = min(count, _programs(a.device))
+    if a.device.type == "cuda":
+        triton.set_allocator(_scratch)
+    _weights_kernel[(programs,)](
+        a, b, src_R, offsets_G1, out, G, M, N, count, a.stride(0), b.stride(0),
+        PROGRAMS=programs, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.band,
+        GATHER_A=gather == "a",
+        PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out

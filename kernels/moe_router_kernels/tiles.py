@@ -1,0 +1,75 @@
+"""How each expert GEMM is cut, by its shape: measured on an H100, bf16 (docs/log.md).
+
+A table, not an autotuner: the first step does not wait, and the same shape always takes the same
+sums in the same order.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The shape of a tile, tiles of M that share a band, and the pipeline."""
+
+    m: int = 128
+    n: int = 128
+    k: int = 64
+    band: int = 8
+    warps: int = 8
+    stages: int = 3
+    flatten: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Attributes:
+    rows: R, a bound.
+    groups: G.
+    hidden: F.
+    m: height of a tile of rows; the same for all GEMMs of one Plan.
+    """
+
+    rows: int
+    groups: int
+    hidden: int
+    m: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x_TD: Tensor, gate_up: Tensor, src_R: Tensor) -> "Problem":
+        R, G = src_R.numel(), gate_up.size(0)
+        each = R / max(G, 1)
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            m = 16
+        elif x_TD.dtype == torch.float32:
+            m = 64
+        else:
+            m = 128 if each > 96 else 64 if each > 24 else 16
+        return cls(R, G, gate_up.size(2) // 2, m, x_TD.dtype)
+
+
+_WIDE = Tile(n=256, flatten=True)
+_TABLE = {
+    "up": Tile(),
+    "down": _WIDE,
+    "down_backward": Tile(n=256),
+    "up_backward": Tile(n=256),
+    "gate_up_weights": Tile(m=128, n=256),
+    "down_weights": Tile(m=256, n=128),
+}
+
+
+def pick(gemm: str, problem: Problem) -> Tile:
+    """The tile of one of the six GEMMs of a layer and its backward pass."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Tile(m=16, n=32, k=32, band=2, warps=4, stages=2)
+    if problem.dtype == torch.float32:
+        return Tile(m=64, n=64, k=32, warps=4, stages=3)
+    tile = _TABLE[gemm]
+    if gemm.endswith("weights") or problem.m == 128:
+        return tile
+    return Tile(m=problem.m, n=128, k=64, warps=4, stages=4)

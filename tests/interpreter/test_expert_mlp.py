@@ -1,0 +1,129 @@
+"""The fused experts against the reference, on a GPU or in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_router_kernels import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+from moe_router_kernels import grouped  # noqa: E402
+from moe_router_kernels.expert_mlp import expert_mlp  # noqa: E402
+from moe_router_kernels.tiles import Tile  # noqa: E402
+from moe_router_kernels.unpermute import combine_rows  # noqa: E402
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# bf16 in the interpreter is wrong without a word, so it is for the GPU alone
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def routing(T, G, K, kind, generator):
+    """(T, K) ids: distinct in a token, some missing; skewed onto few groups, or one."""
+    score_TG = torch.rand(T, G, generator=generator)
+    if kind == "skewed":
+        score_TG = score_TG + 2 * (torch.arange(G) < max(K, G // 3))
+    ids_TK = score_TG.argsort(1, descending=True)[:, :K].int()
+    if kind == "holes":
+        ids_TK[torch.rand(T, K, generator=generator) < 0.4] = -1
+    if kind == "none":
+        ids_TK.fill_(-1)
+    return ids_TK
+
+
+def tensors(T, D, hidden, G, K, kind, dtype):
+    generator = torch.Generator().manual_seed(T + D)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x_TD, weight_TK = normal(T, D), torch.rand(T, K, generator=generator)
+    gate_up, down = normal(G, D, 2 * hidden) * D**-0.5, normal(G, hidden, D) * hidden**-0.5
+    plan = reference.plan(routing(T, G, K, kind, generator), G)
+    leaves = [x_TD.to(dtype), weight_TK, gate_up.to(dtype), down.to(dtype)]
+    return (
+        [leaf.to(DEVICE).requires_grad_() for leaf in leaves],
+        [part.to(DEVICE) for part in plan],
+        normal(T, D).to(DEVICE, dtype),
+    )
+
+
+def oracle(leaves, plan):
+    """The definition in fp64, expert by expert."""
+    x_TD, weight_TK, gate_up, down = leaves
+    src_R, _, offsets_G1, row_TK = plan
+    rows_RD = x_TD[src_R.clamp(min=0).long()]
+    gate, up = reference.grouped_mm(rows_RD, gate_up, offsets_G1).chunk(2, -1)
+    y_RD = reference.grouped_mm(F.silu(gate) * up, down, offsets_G1)
+    return reference.combine(y_RD, weight_TK, row_TK)
+
+
+def error(one, other):
+    scale = other.norm().clamp(min=1e-3)
+    return float((one.detach().double() - other.detach().double()).norm() / scale.detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "holes", "none"])
+@pytest.mark.parametrize(
+    "T, D, hidden, G, K", [(1, 16, 8, 1, 1), (21, 32, 24, 5, 2), (70, 40, 56, 7, 3)]
+)
+def test_values_and_gradients_are_the_reference(T, D, hidden, G, K, kind, dtype):
+    leaves, plan, grad_TD = tensors(T, D, hidden, G, K, kind, dtype)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = oracle(exact, plan)
+    got = expert_mlp(*leaves, *plan)
+    assert got.dtype == dtype and error(got, wanted) < ERROR[dtype]
+    grads = torch.autograd.grad(got, leaves, grad_TD)
+    wanted_grads = torch.autograd.grad(wanted, exact, grad_TD.double())
+    for name, one, other in zip(
+        ["x", "weight", "gate_up", "down"], grads, wanted_grads, strict=True
+    ):
+        assert one.isfinite().all() and error(one, other) < 2 * ERROR[dtype], name
+
+
+def test_two_runs_are_equal_bit_by_bit_and_rows_do_not_see_each_other():
+    leaves, plan, grad_TD = tensors(40, 32, 24, 5, 2, "uniform", DTYPES[-1])
+    runs = []
+    for _ in range(2):
+        out = expert_mlp(*leaves, *plan)
+        runs.append([out, *torch.autograd.grad(out, leaves, grad_TD)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    other = leaves[0].detach().clone()
+    other[20:] = torch.randn_like(other[20:])
+    assert torch.equal(expert_mlp(other, *leaves[1:], *plan)[:20], runs[0][0][:20])
+
+
+def test_weights_of_fp32_get_gradients_of_fp32():
+    leaves, plan, grad_TD = tensors(24, 32, 16, 4, 2, "uniform", torch.float32)
+    x_TD = leaves[0].detach().to(DTYPES[-1])
+    out = expert_mlp(x_TD, *leaves[1:], *plan)
+    grads = torch.autograd.grad(out, leaves[1:], grad_TD.to(DTYPES[-1]))
+    assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+def test_nothing_is_read_past_the_last_group():
+    """Rows there are not written by the GEMM before, so they may hold anything."""
+    leaves, plan, _ = tensors(30, 32, 16, 4, 2, "holes", torch.float32)
+    src_R, _, offsets_G1, row_TK = plan
+    tile = Tile(m=16, n=32, k=32, band=2, warps=4, stages=2)
+    rows = grouped.cut(offsets_G1, src_R.numel(), tile.m)
+    used = int(offsets_G1[-1])
+    assert used < src_R.numel()
+    act = torch.randn(src_R.numel(), 16, device=DEVICE)
+    act[used:] = torch.nan
+    y_RD, _, _ = grouped.rows_times_groups(act, leaves[3].detach(), rows, tile=tile)
+    assert y_RD[:used].isfinite().all()
+    y_RD[used:] = torch.nan
+    assert combine_rows(y_RD, row_TK, leaves[1].detach()).isfinite().all()
+    for gather, a, b in (("a", leaves[0], act), ("b", act, leaves[0])):
+        weights = grouped.group_weights(
+            a.detach(), b.detach(), offsets_G1, src_R=src_R, gather=gather,
+            dtype=torch.float32, tile=tile,
+        )  # fmt: skip
+        assert weights.isfinite().all()
