@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from moe_router.config import ClusterConfig
 from moe_router.errors import ClusterError, ConfigError
 from moe_router_cluster.interrupts import Interrupts
+from moe_router_cluster.resources import Resources, pick_device, shortage
 from moe_router_cluster.serve_plan import ServeArguments, ServePlan, make_plan
 from moe_router_cluster.session import prepare_environment, ray_session
 
@@ -58,6 +60,7 @@ def _deploy(plan: ServePlan, port: int) -> int:
 
     from moe_router_cluster.serve_app import application
 
+    _require_room(plan.config.cluster)
     _serve: Any = ray_serve
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     options = {"host": plan.host, "port": port}
@@ -67,6 +70,17 @@ def _deploy(plan: ServePlan, port: int) -> int:
         return int(handle.grpc_port.remote().result(timeout_s=_START_S))
     except (RuntimeError, TimeoutError) as error:
         raise ClusterError(_reason(_serve.status(), error)) from error
+
+
+def _require_room(cluster: ClusterConfig) -> None:
+    """Said at once where no node can join; Serve would try twice."""
+    import ray
+
+    _ray: Any = ray
+    have = Resources.of(_ray.cluster_resources())
+    lacks = shortage(cluster, pick_device(cluster, have), have)
+    if lacks is not None and cluster.address is None:
+        raise ClusterError(lacks)
 
 
 def _reason(status: Any, error: Exception) -> str:

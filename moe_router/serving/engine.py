@@ -77,6 +77,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._lost: PeerLostError | None = None  # what `check` has found
         self._recovering = ""  # why
+        self._recoveries = 0
         self._failed = ""  # why there is no hope
         self._loop: asyncio.Task[None] | None = None
 
@@ -137,10 +138,11 @@ class Engine:
             raise ClusterError(self._failed)
         if self._recovering:
             return
+        asked = self._recoveries
         try:
             await self._group.ping()
         except PeerLostError as error:
-            if not self._recovering:  # a pass may have found it meanwhile
+            if asked == self._recoveries:  # else a pass has found it meanwhile
                 self._lost = error
                 self._wake.set()
 
@@ -200,6 +202,7 @@ class Engine:
 
     async def _recover(self, lost: PeerLostError) -> None:
         self._recovering, self._lost = str(lost), None
+        self._recoveries += 1
         _log.warning("ranks are made anew: %s", lost)
         self._scheduler.restart()
         try:
