@@ -6,8 +6,10 @@ flash kernel (CUDA, 16 bit), few padded calls (everything else), and new tokens 
 """
 
 import inspect
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,6 +53,37 @@ def attend_cached(
     """
     if packing.tokens == 0:
         return q_THC
+    alike = _alike(packing.lengths)
+    if len(alike) == 1:
+        return _attend_grid(q_THC, k_BJSC, v_BJSC, slot_T, packing)
+    # a prompt beside sequences that get one token each would make every row as wide as itself
+    y_THC = torch.empty_like(q_THC)
+    starts = [0, *accumulate(packing.lengths)]
+    for rows in alike:
+        lengths = [packing.lengths[row] for row in rows]
+        tokens = [torch.arange(starts[row], starts[row + 1]) for row in rows]
+        token_R = torch.cat(tokens).to(q_THC.device)
+        row_B = torch.tensor(rows, device=q_THC.device)
+        inside = Packing(torch.tensor([0, *accumulate(lengths)]), q_THC.device)
+        y_THC[token_R] = _attend_grid(
+            q_THC[token_R], k_BJSC[row_B], v_BJSC[row_B], slot_T[token_R], inside
+        )
+    return y_THC
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """The sequences that have new tokens, by the power of two up to which they have."""
+    alike = defaultdict(list)
+    for row, n in enumerate(lengths):
+        if n:
+            alike[(n - 1).bit_length()].append(row)
+    return list(alike.values())
+
+
+def _attend_grid(
+    q_THC: Tensor, k_BJSC: Tensor, v_BJSC: Tensor, slot_T: Tensor, packing: Packing
+) -> Tensor:
+    """All sequences in one call, each as wide as the longest."""
     B, Q, J = packing.sequences, packing.longest, k_BJSC.size(1)
     _, H, C = q_THC.shape
     cell_T = packing.sequence_T * Q + packing.rank_T

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_router.models import attend
 from moe_router.models.attend import attend_cached, attend_packed
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.packing import NARROW, Packing
@@ -77,6 +78,28 @@ def test_new_tokens_attend_to_the_cache_and_to_themselves(heads):
     slot_T = cache.write(k[is_new], v[is_new], packing)
     got = attend_cached(q[is_new], *cache.read(), slot_T, packing)
     torch.testing.assert_close(got, wanted[is_new])
+
+
+def test_a_prompt_beside_single_tokens_does_not_widen_their_rows(monkeypatch):
+    cells = []
+    grid = attend._attend_grid
+
+    def counted(q_THC, k_BJSC, v_BJSC, slot_T, packing):
+        cells.append(packing.sequences * packing.longest)
+        return grid(q_THC, k_BJSC, v_BJSC, slot_T, packing)
+
+    monkeypatch.setattr(attend, "_attend_grid", counted)
+    held, new = [5, 0, 30, 1, 9], [1, 60, 0, 1, 3]
+    q, k, v = (x.detach() for x in qkv(sum(held) + sum(new), 4, 2, 8))
+    lengths = [a + b for a, b in zip(held, new, strict=True)]
+    wanted = definition(q, k, v, lengths)
+    is_new = torch.cat([torch.arange(n) >= h for n, h in zip(lengths, held, strict=True)])
+    cache, before, now = LayerCache(sequences=5, reserve=0), packing_of(held), packing_of(new)
+    cache.write(k[~is_new], v[~is_new], before)
+    slot_T = cache.write(k[is_new], v[is_new], now)
+    got = attend_cached(q[is_new], *cache.read(), slot_T, now)
+    torch.testing.assert_close(got, wanted[is_new])
+    assert sum(cells) == 1 + 1 + 60 + 3
 
 
 @pytest.mark.gpu
