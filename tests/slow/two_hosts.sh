@@ -37,17 +37,21 @@ host() { # host NUMBER, inside its namespaces
 export -f host
 export folder
 
+network() { readlink "/proc/$1/ns/net"; }
+
 for n in 1 2; do
   unshare --net --uts --mount --pid --fork --kill-child --mount-proc bash -euc "host $n" \
     &> "$folder/sshd$n.log" < /dev/null &
   ip link add "veth$n" type veth peer name "peer$n"
   ip link set "veth$n" master lan up
+  until [[ $(network $!) != $(network $$) ]]; do sleep 0.1; done  # unshare takes its time
   ip link set "peer$n" name eth0 netns $!
 done
 for n in 1 2; do
-  for _ in $(seq 100); do
-    (: < "/dev/tcp/10.0.0.$n/22") &> /dev/null && break
-    sleep 0.1
+  for try in $(seq 60); do
+    timeout 1 bash -c ": < /dev/tcp/10.0.0.$n/22" &> /dev/null && break
+    [[ $try -lt 60 ]] || { echo "host $n: no sshd answers"; cat "$folder/sshd$n.log"; exit 1; }
+    sleep 0.5
   done
 done
 commands=$(cat)  # all of them at once: ssh reads standard input too
