@@ -52,7 +52,7 @@ def runs_expert_mlp(kernels: str, x_TD: Tensor, gate_up: Tensor, src_R: Tensor) 
     )
     if not (asked and runs_triton(x_TD.device)) or 0 in (src_R.numel(), *gate_up.shape):
         return False
-    row_bytes = [n * x_TD.element_size() for n in (gate_up.size(1), gate_up.size(2) // 2)]
+    row_bytes = [n * x_TD.element_size() for n in (gate_up.size(2), gate_up.size(1) // 2)]
     aligned = all(n % 16 == 0 for n in row_bytes)  # what a TMA descriptor takes
     return aligned and x_TD.dtype in (torch.bfloat16, torch.float16, torch.float32)
 

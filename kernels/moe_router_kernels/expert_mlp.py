@@ -53,14 +53,14 @@ class _ExpertMLP(torch.autograd.Function):
         rows = grouped.cut(offsets_G1, src_R.numel(), problem.m)
         weight_R = weight_TK.flatten()[choice_R.clamp(min=0)]
         grad_pre, act_RF, dot_R = grouped.rows_times_groups(
-            grad_TD, down, rows, src_R=src_R, transposed=True, epilogue="swiglu_backward",
+            grad_TD, down, rows, src_R=src_R, backward=True, epilogue="swiglu_backward",
             pre_RF=pre_RF, weight_R=weight_R, tile=pick("down_backward", problem),
         )  # fmt: skip
         assert act_RF is not None and dot_R is not None
         grad_x = grad_weight = grad_gate_up = grad_down = None
         if ctx.needs_input_grad[0]:
             grad_rows, _, _ = grouped.rows_times_groups(
-                grad_pre, gate_up, rows, transposed=True, tile=pick("up_backward", problem)
+                grad_pre, gate_up, rows, backward=True, tile=pick("up_backward", problem)
             )
             grad_x = combine_rows(grad_rows, row_TK)
         if ctx.needs_input_grad[1]:
@@ -68,12 +68,12 @@ class _ExpertMLP(torch.autograd.Function):
             grad_weight = torch.where(row_TK < 0, 0.0, dot_TK).to(weight_TK.dtype)
         if ctx.needs_input_grad[2]:
             grad_gate_up = grouped.group_weights(
-                x_TD, grad_pre, offsets_G1, src_R=src_R, gather="a", dtype=ctx.dtypes[0],
+                x_TD, grad_pre, offsets_G1, src_R=src_R, gather="a", transposed=True, dtype=ctx.dtypes[0],
                 tile=pick("gate_up_weights", problem),
             )  # fmt: skip
         if ctx.needs_input_grad[3]:
             grad_down = grouped.group_weights(
-                act_RF, grad_TD, offsets_G1, src_R=src_R, gather="b", dtype=ctx.dtypes[1],
+                grad_TD, act_RF, offsets_G1, src_R=src_R, gather="a", dtype=ctx.dtypes[1],
                 tile=pick("down_weights", problem),
             )  # fmt: skip
         return grad_x, grad_weight, grad_gate_up, grad_down, None, None, None, None
@@ -94,8 +94,8 @@ def expert_mlp(
     Args:
         x_TD: (T, D) bf16, fp16 or fp32, contiguous.
         weight_TK: (T, K) fp32.
-        gate_up: (G, D, 2 F), gate in the first half of the columns; contiguous, of any float dtype.
-        down: (G, F, D), likewise.
+        gate_up: (G, 2 F, D), gate first; contiguous, of any float dtype.
+        down: (G, D, F), likewise.
         src_R, choice_R, offsets_G1, row_TK: int32, of a Plan over the G groups.
 
     Returns:

@@ -50,7 +50,7 @@ def _silu_parts(gate):  # type: ignore[no-untyped-def]
 def _rows_kernel(  # type: ignore[no-untyped-def]
     a_ptr,  # (rows of a, K)
     src_ptr,  # (R,) int32, row of a for each row; unused unless GATHER
-    w_ptr,  # (G, K, N), or (G, N, K) if TRANSPOSED
+    w_ptr,  # (G, N, K), or (G, K, N) if BACKWARD
     offsets_ptr,
     group_ptr,
     row_ptr,
@@ -68,24 +68,27 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     GATHER: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    BACKWARD: tl.constexpr,
     EPILOGUE: tl.constexpr,  # "none", "swiglu", "swiglu_backward"
     PRECISION: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
     dtype = out_ptr.dtype.element_ty
-    # gate and up are two tiles of BLOCK_N columns, half of N apart
-    width = N // 2 if EPILOGUE == "swiglu" else N
+    swiglu: tl.constexpr = EPILOGUE == "swiglu"
+    # gate and up are rows of w, half of N apart: one load brings BLOCK_N of each
+    width = N // 2 if swiglu else N
+    columns: tl.constexpr = 2 * BLOCK_N if swiglu else BLOCK_N
     tiles_n = tl.cdiv(width, BLOCK_N)
     tiles_m = tl.load(used_ptr)
-    if TRANSPOSED:
+    size = N.to(tl.int64) * K
+    if swiglu:
         w_desc = tl.make_tensor_descriptor(
-            w_ptr, [G, N, K], [N.to(tl.int64) * K, K, 1], [1, BLOCK_N, BLOCK_K]
+            w_ptr, [G, 2, width, K], [size, size // 2, K, 1], [1, 2, BLOCK_N, BLOCK_K]
         )
+    elif BACKWARD:
+        w_desc = tl.make_tensor_descriptor(w_ptr, [G, K, N], [size, N, 1], [1, BLOCK_K, BLOCK_N])
     else:
-        w_desc = tl.make_tensor_descriptor(
-            w_ptr, [G, K, N], [N.to(tl.int64) * K, N, 1], [1, BLOCK_K, BLOCK_N]
-        )
+        w_desc = tl.make_tensor_descriptor(w_ptr, [G, N, K], [size, K, 1], [1, BLOCK_N, BLOCK_K])
     if not GATHER:
         used = tl.load(offsets_ptr + G)  # what lies past it may be NaN
         a_desc = tl.make_tensor_descriptor(a_ptr, [used, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
@@ -102,31 +105,29 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         if GATHER:
             src = tl.load(src_ptr + row, mask=live, other=0)
             a_at = a_ptr + src.to(tl.int64)[:, None] * stride_a
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if EPILOGUE == "swiglu":
-            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = tl.zeros((BLOCK_M, columns), tl.float32)
         for k in range(0, K, BLOCK_K):
             if GATHER:
                 column = k + tl.arange(0, BLOCK_K)
                 a = tl.load(a_at + column[None, :], mask=(column < K)[None, :], other=0.0)
             else:
                 a = a_desc.load([row0, k])
-            if TRANSPOSED:
-                w = w_desc.load([group, n, k]).reshape(BLOCK_N, BLOCK_K).T
-            else:
+            if swiglu:
+                w = w_desc.load([group, 0, n, k]).reshape(columns, BLOCK_K).T
+            elif BACKWARD:
                 w = w_desc.load([group, k, n]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                w = w_desc.load([group, n, k]).reshape(BLOCK_N, BLOCK_K).T
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
-            if EPILOGUE == "swiglu":
-                w_up = w_desc.load([group, k, width + n]).reshape(BLOCK_K, BLOCK_N)
-                up = tl.dot(a, w_up, up, input_precision=PRECISION)
         column = n + tl.arange(0, BLOCK_N)
         keep = live[:, None] & (column < width)[None, :]
         at = row.to(tl.int64)[:, None] * N + column[None, :]
         if EPILOGUE == "none":
             tl.store(out_ptr + at, acc.to(dtype), mask=keep)
-        elif EPILOGUE == "swiglu":
+        elif swiglu:
+            gate, lift = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
             # what is stored is what the backward pass will read
-            gate, lift = acc.to(dtype), up.to(dtype)
+            gate, lift = gate.to(dtype), lift.to(dtype)
             tl.store(out_ptr + at, gate, mask=keep)
             tl.store(out_ptr + at + width, lift, mask=keep)
             value, _ = _silu_parts(gate.to(tl.float32))
@@ -185,7 +186,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     b_ptr,  # (rows of b, N)
     src_ptr,  # (R,) int32, row of the gathered one for each row
     offsets_ptr,
-    out_ptr,  # (G, M, N): a transposed times b, over the rows of each group
+    out_ptr,  # (G, M, N), or (G, N, M): a transposed times b, over the rows of each group
     G, M, N,
     tiles,
     stride_a,
@@ -196,6 +197,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     GATHER_A: tl.constexpr,  # else b is gathered
+    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -234,7 +236,8 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
                 a = desc.load([k, m])
                 b = tl.load(b_ptr + src * stride_b + at_n[None, :], mask=keep, other=0.0)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-        out_at = (group.to(tl.int64) * M + at_m)[:, None] * N + at_n[None, :]
+        stride_m, stride_n = (1, M) if TRANSPOSED else (N, 1)
+        out_at = group.to(tl.int64) * M * N + at_m[:, None] * stride_m + at_n[None, :] * stride_n
         keep = (at_m < M)[:, None] & (at_n < N)[None, :]
         tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=keep)
 
@@ -288,19 +291,19 @@ def rows_times_groups(
     rows: Rows,
     *,
     src_R: Tensor | None = None,
-    transposed: bool = False,
+    backward: bool = False,
     epilogue: str = "none",
     pre_RF: Tensor | None = None,
     weight_R: Tensor | None = None,
     tile: Tile,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows of group g times w[g].
+    """Rows of group g times w[g] transposed, as a linear layer does; or times w[g], backward.
 
     Args:
         a: (R, K), or (T, K) if `src_R` says which row of it each row is.
-        w: (G, K, N), or (G, N, K) if transposed; contiguous.
+        w: (G, N, K), or (G, K, N) if backward; contiguous.
         rows: of `cut`, for the tile's m.
-        epilogue: `swiglu`: the columns of w are gate and up, the second result silu(gate) * up.
+        epilogue: `swiglu`: w are gate and up, N / 2 rows each, the second result silu(gate) * up.
             `swiglu_backward`: the product is the gradient of that second result; pre_RF is what
             came out first, weight_R the weight of each row.
 
@@ -309,9 +312,9 @@ def rows_times_groups(
         of pre, act (R, N) is weight * silu(gate) * up, and dot (R,) fp32 the gradient of the
         weight. Rows past the last group are unspecified.
     """
-    G, (K, N) = w.size(0), w.shape[1:]
-    if transposed:
-        K, N = N, K
+    G, N, K = w.shape
+    if backward:
+        N, K = K, N
     back = epilogue == "swiglu_backward"
     width = N // 2 if epilogue == "swiglu" else N
     R = rows.rows
@@ -330,7 +333,7 @@ def rows_times_groups(
         none if weight_R is None else weight_R, none if dot is None else dot,
         G, R, K, N, a.stride(0),
         PROGRAMS=_programs(a.device), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        GROUP_M=tile.band, GATHER=src_R is not None, TRANSPOSED=transposed, EPILOGUE=epilogue,
+        GROUP_M=tile.band, GATHER=src_R is not None, BACKWARD=backward, EPILOGUE=epilogue,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32", FLATTEN=tile.flatten,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -344,6 +347,7 @@ def group_weights(
     *,
     src_R: Tensor,
     gather: str,
+    transposed: bool = False,
     dtype: torch.dtype,
     tile: Tile,
 ) -> Tensor:
@@ -352,10 +356,11 @@ def group_weights(
     Args:
         a, b: (R, M) and (R, N); the one that `gather` names is (T, ...), read by src_R.
         gather: `a` or `b`.
+        transposed: give (G, N, M) instead.
         dtype: of the result.
     """
     G, M, N = offsets_G1.numel() - 1, a.size(1), b.size(1)
-    out = a.new_empty(G, M, N, dtype=dtype)
+    out = a.new_empty((G, N, M) if transposed else (G, M, N), dtype=dtype)
     count = G * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     programs = min(count, _programs(a.device))
     if a.device.type == "cuda":
@@ -363,7 +368,7 @@ def group_weights(
     _weights_kernel[(programs,)](
         a, b, src_R, offsets_G1, out, G, M, N, count, a.stride(0), b.stride(0),
         PROGRAMS=programs, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.band,
-        GATHER_A=gather == "a",
+        GATHER_A=gather == "a", TRANSPOSED=transposed,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

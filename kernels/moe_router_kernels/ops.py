@@ -99,7 +99,7 @@ def grouped_mm(x_RD: Tensor, w_GDF: Tensor, offsets_G1: Tensor) -> Tensor:
 
     Args:
         x_RD: (R, D), sorted by group, contiguous.
-        w_GDF: (G, D, F), x's dtype, contiguous.
+        w_GDF: (G, D, F), x's dtype; contiguous, or the transpose of what is.
         offsets_G1: (G + 1,) int32.
 
     Returns:

@@ -49,17 +49,17 @@ class Problem:
             m = 64
         else:
             m = 128 if each > 96 else 64 if each > 24 else 16
-        return cls(R, G, gate_up.size(2) // 2, m, x_TD.dtype)
+        return cls(R, G, gate_up.size(1) // 2, m, x_TD.dtype)
 
 
 _WIDE = Tile(n=256, flatten=True)
 _TABLE = {
-    "up": Tile(),
+    "up": Tile(flatten=True),  # n columns of gate and as many of up
     "down": _WIDE,
-    "down_backward": Tile(n=256),
-    "up_backward": Tile(n=256),
-    "gate_up_weights": Tile(m=128, n=256),
-    "down_weights": Tile(m=256, n=128),
+    "down_backward": _WIDE,
+    "up_backward": _WIDE,
+    "gate_up_weights": Tile(n=256),
+    "down_weights": Tile(n=256),
 }
 
 

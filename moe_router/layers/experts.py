@@ -20,8 +20,9 @@ class Experts(nn.Module):
     def __init__(self, held: int, dim: int, hidden: int, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = nn.Parameter(torch.randn(held, dim, 2 * hidden) * dim**-0.5)
-        self.down = nn.Parameter(torch.randn(held, hidden, dim) * hidden**-0.5)
+        # (out, in) as in a linear layer, gate before up: also how Hugging Face stores experts
+        self.gate_up = nn.Parameter(torch.randn(held, 2 * hidden, dim) * dim**-0.5)
+        self.down = nn.Parameter(torch.randn(held, dim, hidden) * hidden**-0.5)
 
     def forward(self, x_ND: Tensor, choice: Choice, plan: Plan) -> Tensor:
         """Each token's sum over its choices of weight * expert(token).
@@ -50,6 +51,6 @@ class Experts(nn.Module):
     def _rows(self, x_RD: Tensor, offsets_G1: Tensor) -> Tensor:
         """(R, D) rows sorted by expert to (R, D)."""
         multiply = reference.grouped_mm if self.kernels == "reference" else grouped_mm
-        gate_up, down = (w.to(x_RD.dtype) for w in (self.gate_up, self.down))
+        gate_up, down = (w.to(x_RD.dtype).mT for w in (self.gate_up, self.down))
         gate_RF, up_RF = multiply(x_RD, gate_up, offsets_G1).chunk(2, -1)
         return multiply(F.silu(gate_RF) * up_RF, down, offsets_G1)

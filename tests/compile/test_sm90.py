@@ -99,7 +99,7 @@ def gemm(kernel, name, tmp_path, **constants):
 
 
 @pytest.mark.parametrize(
-    "name, gather, transposed, epilogue",
+    "name, gather, backward, epilogue",
     [
         ("up", True, False, "swiglu"),
         ("down", False, False, "none"),
@@ -107,18 +107,19 @@ def gemm(kernel, name, tmp_path, **constants):
         ("up_backward", False, True, "none"),
     ],
 )
-def test_rows_times_groups(name, gather, transposed, epilogue, tmp_path):
-    flags = {"GATHER": gather, "TRANSPOSED": transposed, "EPILOGUE": epilogue}
+def test_rows_times_groups(name, gather, backward, epilogue, tmp_path):
+    flags = {"GATHER": gather, "BACKWARD": backward, "EPILOGUE": epilogue}
     flatten = tiles.pick(name, LARGE).flatten
     sass = gemm(grouped._rows_kernel, name, tmp_path, FLATTEN=flatten, **flags)
-    assert spills(sass) <= 8
+    assert spills(sass) <= 16
     # warpgroup matrix products, the copy engine for weights, asynchronous copies for the gather
     assert "HGMMA" in sass and "UTMALDG" in sass and ("LDGSTS" in sass) == gather
 
 
-@pytest.mark.parametrize("name, gather_a", [("gate_up_weights", True), ("down_weights", False)])
-def test_group_weights(name, gather_a, tmp_path):
-    sass = gemm(grouped._weights_kernel, name, tmp_path, GATHER_A=gather_a)
+@pytest.mark.parametrize("name, transposed", [("gate_up_weights", True), ("down_weights", False)])
+def test_group_weights(name, transposed, tmp_path):
+    flags = {"GATHER_A": True, "TRANSPOSED": transposed}
+    sass = gemm(grouped._weights_kernel, name, tmp_path, **flags)
     assert spills(sass) == 0 and "HGMMA" in sass and "UTMALDG" in sass and "LDGSTS" in sass
 
 

@@ -43,7 +43,7 @@ def tensors(T, D, hidden, G, K, kind, dtype):
         return torch.randn(*shape, generator=generator)
 
     x_TD, weight_TK = normal(T, D), torch.rand(T, K, generator=generator)
-    gate_up, down = normal(G, D, 2 * hidden) * D**-0.5, normal(G, hidden, D) * hidden**-0.5
+    gate_up, down = normal(G, 2 * hidden, D) * D**-0.5, normal(G, D, hidden) * hidden**-0.5
     plan = reference.plan(routing(T, G, K, kind, generator), G)
     leaves = [x_TD.to(dtype), weight_TK, gate_up.to(dtype), down.to(dtype)]
     return (
@@ -58,8 +58,8 @@ def oracle(leaves, plan):
     x_TD, weight_TK, gate_up, down = leaves
     src_R, _, offsets_G1, row_TK = plan
     rows_RD = x_TD[src_R.clamp(min=0).long()]
-    gate, up = reference.grouped_mm(rows_RD, gate_up, offsets_G1).chunk(2, -1)
-    y_RD = reference.grouped_mm(F.silu(gate) * up, down, offsets_G1)
+    gate, up = reference.grouped_mm(rows_RD, gate_up.mT, offsets_G1).chunk(2, -1)
+    y_RD = reference.grouped_mm(F.silu(gate) * up, down.mT, offsets_G1)
     return reference.combine(y_RD, weight_TK, row_TK)
 
 

@@ -147,7 +147,7 @@ def test_a_foreign_folder_is_refused(tmp_path, content, message):
 
 def test_another_model_is_refused_with_the_tensor_that_differs(tmp_path):
     trained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"gate_up is \[32, 64\], want \[32, 80\]: the model"):
+    with pytest.raises(CheckpointError, match=r"gate_up is \[64, 32\], want \[80, 32\]: the model"):
         Trainer(work.tiny({"hidden": 40})).restore(tmp_path / "step_1")
     with pytest.raises(
         CheckpointError, match=r"router\.score\.weight is \[8, 32\], want \[9, 32\]"
