@@ -1,6 +1,7 @@
 """Models built from one transformer block. Start with `causal_lm.py`, then `block.py`."""
 
 from moe_router.models.causal_lm import CausalLM, LMOutput, token_loss
+from moe_router.models.encoder import ClassifierOutput, TextClassifier
 from moe_router.models.generate import generate
 from moe_router.models.init import init_parameters
 from moe_router.models.kv_cache import KVCache
@@ -8,9 +9,11 @@ from moe_router.models.sampling import Sampling
 
 __all__ = [
     "CausalLM",
+    "ClassifierOutput",
     "KVCache",
     "LMOutput",
     "Sampling",
+    "TextClassifier",
     "generate",
     "init_parameters",
     "token_loss",

@@ -1,4 +1,4 @@
-"""Causal attention on bare tensors. H query heads, J key and value heads, C channels of a head,
+"""Attention on bare tensors. H query heads, J key and value heads, C channels of a head,
 S slots of a cache, Q queries of a sequence.
 
 Query head h reads key head h // (H / J). Three ways, one result up to rounding: torch's packed
@@ -22,7 +22,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def attend_packed(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
-    """Each token attends to itself and the earlier tokens of its sequence.
+    """Each token attends to itself and the earlier tokens of its sequence, or to all of it.
 
     Returns:
         (T, H, C) of q's dtype.
@@ -30,12 +30,12 @@ def attend_packed(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing)
     if packing.tokens == 0:
         return q_THC
     if q_THC.is_cuda and q_THC.dtype in HALF and q_THC.size(-1) % 8 == 0:
-        return _flash()(q_THC, k_TJC, v_TJC, packing)
+        return _flash(packing.causal)(q_THC, k_TJC, v_TJC, packing)
     sizes = [piece.tokens for piece in packing.pieces]
     # split, not slices: its backward is one concatenation
     q_parts, k_parts, v_parts = (torch.split(x, sizes) for x in (q_THC, k_TJC, v_TJC))
     parts = zip(q_parts, k_parts, v_parts, packing.pieces, strict=True)
-    out = [_attend_piece(q, k, v, piece) for q, k, v, piece in parts]
+    out = [_attend_piece(q, k, v, piece, packing.causal) for q, k, v, piece in parts]
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -99,7 +99,9 @@ def _attend_grid(
     return y_BQHC[cell_T]
 
 
-def _attend_piece(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, piece: Piece) -> Tensor:
+def _attend_piece(
+    q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, piece: Piece, causal: bool
+) -> Tensor:
     def grid(x_TNC: Tensor) -> Tensor:
         cells = x_TNC
         if piece.cell_T is not None:
@@ -114,14 +116,14 @@ def _attend_piece(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, piece: Piece) -> 
     mask = piece.mask_R1WW
     q, k, v = grid(q_THC), grid(k_TJC), grid(v_TJC)
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=repeat > 1
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=repeat > 1
     )
     y_TNC = y.transpose(1, 2).reshape(-1, *q_THC.shape[1:])
     return y_TNC if piece.cell_T is None else y_TNC[piece.cell_T]
 
 
 @cache
-def _flash() -> Callable[[Tensor, Tensor, Tensor, Packing], Tensor]:
+def _flash(causal: bool) -> Callable[[Tensor, Tensor, Tensor, Packing], Tensor]:
     """torch's packed kernel. Imported on first use: it takes a second and torch._dynamo."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -129,7 +131,8 @@ def _flash() -> Callable[[Tensor, Tensor, Tensor, Packing], Tensor]:
     wants_word = "enable_gqa" in inspect.signature(varlen_attn).parameters
     word = {"enable_gqa": True} if wants_word else {}
     packed: Any = varlen_attn
-    attention = partial(packed, window_size=(-1, 0), **word)  # any way back, none ahead
+    window = (-1, 0) if causal else (-1, -1)  # any way back; none ahead, or any
+    attention = partial(packed, window_size=window, **word)
 
     def attend(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
         bounds, longest = packing.offsets_B1, packing.longest

@@ -84,11 +84,10 @@ class Backbone(nn.Module):
         offsets_B1: Tensor,
         context: Context,
         cache: KVCache | None = None,
-        *,
-        causal: bool = True,
     ) -> Passed:
         """Embed the tokens and run the blocks; each computes the tokens that are routed to it."""
-        packing = Packing(offsets_B1, ids_T.device)
+        causal = self.config.kind == "causal_lm"
+        packing = Packing(offsets_B1, ids_T.device, causal=causal)
         turn = turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
         passed = Passed(Stream(self.embed(ids_T), position_T, turn, packing))
         account = None

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from moe_router.config import Kernels, ModelConfig
 from moe_router.dispatch import Dispatcher
-from moe_router.errors import ConfigError
 from moe_router.models.backbone import Backbone
 from moe_router.models.kv_cache import KVCache
 from moe_router.placement import Placement
@@ -28,6 +27,10 @@ class LMOutput:
     routed: tuple[Routed | None, ...]
     depth: tuple[dict[str, Tensor], ...] = ()
     halted: HaltState | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        return self.logits_TV
 
 
 class CausalLM(Backbone):
@@ -51,11 +54,6 @@ class CausalLM(Backbone):
             kernels=kernels,
             activation_checkpointing=activation_checkpointing,
         )
-        if self.prunes:
-            raise ConfigError(
-                "model.routing.kind=prune: a pruned token has no next-token logits; want skip or "
-                "halt for a causal language model"
-            )
         self.causal = all(moe is None or moe.causal for moe in self.moes)
         tied = config.tie_embeddings
         self.head = None if tied else nn.Linear(config.dim, vocab, bias=False)

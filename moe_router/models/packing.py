@@ -1,6 +1,6 @@
 """How packed sequences are cut into few attention calls on devices without a packed kernel.
 
-A long sequence is a causal call of its own. Neighbouring short ones share a grid of rows: a call
+A long sequence is a call of its own. Neighbouring short ones share a grid of rows: a call
 costs more than the work that a block-diagonal mask wastes in a narrow row. Rows of a language
 model's batch come out as they went in, whatever documents lie in them.
 """
@@ -24,7 +24,7 @@ class Piece:
     Attributes:
         tokens: how many tokens it takes, in packed order.
         cell_T: int64, where each token lies in the flat grid; None: the tokens fill it in order.
-        mask_R1WW: bool, which key (last) a query may see; None: a row is one sequence, causal.
+        mask_R1WW: bool, which key (last) a query may see; None: a row is one sequence.
     """
 
     tokens: int
@@ -41,9 +41,11 @@ class Packing:
         offsets_B1: int32 cu_seqlens. On the CPU it costs no wait for the device; on the device it
             is read once.
         device: of the tokens.
+        causal: whether a token attends to the earlier ones alone, or to its whole sequence.
     """
 
-    def __init__(self, offsets_B1: Tensor, device: torch.device) -> None:
+    def __init__(self, offsets_B1: Tensor, device: torch.device, *, causal: bool = True) -> None:
+        self.causal = causal
         self.lengths = [b - a for a, b in pairwise(offsets_B1.tolist())]
         self.longest = max(self.lengths, default=0)
         self.tokens = sum(self.lengths)
@@ -53,7 +55,7 @@ class Packing:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        return cut([n for n in self.lengths if n], self.device)
+        return cut([n for n in self.lengths if n], self.device, causal=self.causal)
 
     @cached_property
     def sequence_T(self) -> Tensor:
@@ -68,14 +70,14 @@ class Packing:
         return token_T - self.offsets_B1[self.sequence_T]
 
 
-def cut(lengths: list[int], device: torch.device) -> list[Piece]:
+def cut(lengths: list[int], device: torch.device, *, causal: bool = True) -> list[Piece]:
     """Pieces that cover sequences of these lengths (each at least 1) in order."""
     pieces = []
     for is_long, run in groupby(lengths, key=lambda n: n > NARROW):
         if is_long:
             pieces += [_alike(list(same)) for _, same in groupby(run)]
         else:
-            pieces.append(_share_rows(list(run), device))
+            pieces.append(_share_rows(list(run), device, causal))
     return pieces
 
 
@@ -83,7 +85,7 @@ def _alike(lengths: list[int]) -> Piece:
     return Piece(sum(lengths), len(lengths), lengths[0])
 
 
-def _share_rows(lengths: list[int], device: torch.device) -> Piece:
+def _share_rows(lengths: list[int], device: torch.device, causal: bool) -> Piece:
     if len(set(lengths)) == 1:
         return _alike(lengths)
     width = _full_width(lengths)
@@ -100,13 +102,14 @@ def _share_rows(lengths: list[int], device: torch.device) -> Piece:
     shift_B = torch.tensor(first) - (length_B.cumsum(0) - length_B)
     cell_T = torch.arange(sum(lengths)) + shift_B.repeat_interleave(length_B)
     mask = None
-    if rows < len(lengths):  # else each row holds one sequence, and what follows it is not seen
+    # a causal row of one sequence needs none: what follows it is not seen
+    if rows < len(lengths) or not (causal or exact):
         owner = torch.full((rows * width,), -1)
         owner[cell_T] = torch.arange(len(lengths)).repeat_interleave(length_B)
         owner_RW = owner.view(rows, width)
         # unused cells see each other, so that no softmax is over nothing
         same_RWW = owner_RW[:, :, None] == owner_RW[:, None, :]
-        mask = same_RWW.tril()[:, None].to(device)
+        mask = (same_RWW.tril() if causal else same_RWW)[:, None].to(device)
     return Piece(sum(lengths), rows, width, None if exact else cell_T.to(device), mask)
 
 

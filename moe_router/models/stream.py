@@ -38,6 +38,6 @@ class Stream:
             x_TD=gather(self.x_TD, src_R, kept.plan.row_TK),
             position_T=self.position_T[src_R],
             turn=Turn(self.turn.cos_T1C[src_R], self.turn.sin_T1C[src_R]),
-            packing=Packing(kept.offsets_B1, self.x_TD.device),
+            packing=Packing(kept.offsets_B1, self.x_TD.device, causal=self.packing.causal),
             size_T=None if self.size_T is None else self.size_T[src_R],
         )

@@ -1,0 +1,111 @@
+"""The text encoder with a classifier on top: packed token ids in, logits per sequence out.
+
+Tokens attend to their whole sequence. What is classified is the mean of its tokens by mass, so a
+pruned token takes no part, and a router that prunes learns from what its tokens weigh.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_router.config import Kernels, ModelConfig
+from moe_router.dispatch import Dispatcher
+from moe_router.models.backbone import Backbone, Passed
+from moe_router.placement import Placement
+from moe_router.routing import Context
+from moe_router.types import HaltState, Routed
+from moe_router_kernels import reference
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierOutput:
+    """Attributes:
+    logits_BC: fp32, of each sequence and label.
+    routed, depth, halted: as in `LMOutput`.
+    """
+
+    logits_BC: Tensor
+    routed: tuple[Routed | None, ...]
+    depth: tuple[dict[str, Tensor], ...] = ()
+    halted: HaltState | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        return self.logits_BC
+
+
+class TextClassifier(Backbone):
+    """Args:
+    config: of kind `encoder`.
+    vocab: number of token ids.
+    classes: number of labels C.
+    dispatcher, placement, kernels, activation_checkpointing: see `Backbone`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab: int,
+        classes: int,
+        *,
+        dispatcher: Dispatcher | None = None,
+        placement: Placement | None = None,
+        kernels: Kernels = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            config,
+            vocab,
+            dispatcher=dispatcher,
+            placement=placement,
+            kernels=kernels,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.classes = classes
+        self.head = nn.Linear(config.dim, classes)
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        position_T: Tensor,
+        offsets_B1: Tensor,
+        *,
+        context: Context | None = None,
+    ) -> ClassifierOutput:
+        """Logits for every sequence.
+
+        Args:
+            ids_T, position_T: (T,) integers, packed sequences and positions inside them.
+            offsets_B1: (B + 1,) int32 cu_seqlens; on the CPU it saves a wait for the device.
+            context: noise, ledger, observer of the routed layers.
+        """
+        passed = self.through_blocks(ids_T, position_T, offsets_B1, context or Context())
+        pooled_BD = self._pool(passed, offsets_B1.to(ids_T.device))
+        with torch.autocast(ids_T.device.type, enabled=False):
+            logits_BC = self.head(pooled_BD.to(self.head.weight.dtype))
+        return ClassifierOutput(
+            logits_BC.float(), tuple(passed.routed), tuple(passed.depth), passed.halted
+        )
+
+    def aux_loss(self, output: ClassifierOutput) -> Tensor:
+        """The routing losses of all layers times their coefficients: this rank's share."""
+        return self.routing_loss(output.routed, output.depth)
+
+    def _pool(self, passed: Passed, offsets_B1: Tensor) -> Tensor:
+        """(B, D): the mean of each sequence's tokens by mass; 0 for an empty sequence."""
+        stream = passed.stream
+        if passed.halted is None:
+            x_TD, size_T, offsets_B1 = stream.x_TD, stream.size_T, stream.packing.offsets_B1
+        else:
+            x_TD, size_T = passed.halted.output_TD, None
+        T, B = x_TD.size(0), offsets_B1.numel() - 1
+        sequence_T = reference.sequence_of(offsets_B1, T)
+        member_BT = sequence_T == torch.arange(B, device=sequence_T.device)[:, None]
+        # a product, not index_add: a fixed order of summation on every device
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = reference.wide(self.norm(x_TD))
+            weight_BT = member_BT.to(x_TD.dtype)
+            if size_T is not None:
+                weight_BT = weight_BT * size_T.to(x_TD.dtype)
+            return weight_BT @ x_TD / weight_BT.sum(-1, keepdim=True).clamp(min=1e-20)
