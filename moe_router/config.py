@@ -55,9 +55,14 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    source: Literal["pydoc", "shakespeare", "enwik8", "text", "jsonl", "csv", "shards"]
+    source: Literal[
+        "pydoc", "shakespeare", "enwik8", "text", "jsonl", "csv", "shards", "labelled"
+    ]
     path: str | None = None  # a file, a folder or a glob; shakespeare and enwik8 may download
     field: str = "text"  # the JSONL key or CSV column that holds the text
+    label: str = "label"  # labelled: the one that holds the label
+    labels: tuple[str, ...] = ()  # labelled: their names as the file writes them, in order of ids
+    val_path: str | None = None  # labelled: held-out documents; null: val_fraction of data.path
     tokenizer: str = "bytes"  # or the path of a tokenizer.json
     seq_len: int = 128  # tokens in one row of a batch
     val_fraction: float = 0.1  # the last part of the documents, held out
@@ -66,7 +71,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.seq_len >= 2, "data.seq_len", self.seq_len, "at least 2 tokens")
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "0 < f < 1")
-        if self.source in ("text", "jsonl", "csv", "shards") and self.path is None:
+        if self.source == "labelled":
+            want = "at least 2 names of labels, each once, as the file writes them"
+            known = len(set(self.labels)) == len(self.labels) >= 2
+            require(known, "data.labels", list(self.labels), want)
+        own = ("text", "jsonl", "csv", "shards", "labelled")
+        if self.source in own and self.path is None:
             raise ConfigError(f"data.path is missing: data.source={self.source} reads your files")
 
 
@@ -147,6 +157,10 @@ class Config:
     serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self) -> None:
+        labelled = self.data.source == "labelled"
+        want = "encoder" if labelled else "causal_lm"
+        about = f"{want}, for data.source={self.data.source}"
+        require(self.model.kind == want, "model.kind", self.model.kind, about)
         ranks, rows = self.cluster.actors, self.train.batch // self.train.accumulation
         require(
             rows % ranks == 0,
