@@ -1,24 +1,30 @@
-"""A small causal LM and packed batches for the tests of models."""
+"""Small models and packed batches for the tests of models."""
+
+from functools import partial
 
 import torch
 
 from moe_router.config import ModelConfig, MoEConfig
-from moe_router.models import CausalLM, init_parameters
+from moe_router.models import CausalLM, TextClassifier, init_parameters
 
 VOCAB = 23
 
 
-def small_model(moe=None, *, recompute=False, std=8.0, **model):
-    """Weights are large enough for attention and router to matter; `moe` overrides a top-2 MoE."""
+def small_model(moe=None, *, recompute=False, std=8.0, classes=0, **model):
+    """Weights are large enough for attention and router to matter; `moe` overrides a top-2 MoE.
+    A classifier if there are classes."""
     routed = None if moe is None else MoEConfig(**{"experts": 6, "top_k": 2, "hidden": 8} | moe)
+    kind = "encoder" if classes else "causal_lm"
     sizes = {"layers": 3, "dim": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "moe": routed}
-    lm = CausalLM(ModelConfig(**sizes | model), VOCAB, activation_checkpointing=recompute)
-    init_parameters(lm, seed=3)
+    config = ModelConfig(kind=kind, **sizes | model)
+    make = partial(TextClassifier, classes=classes) if classes else CausalLM
+    made = make(config, VOCAB, activation_checkpointing=recompute)
+    init_parameters(made, seed=3)
     with torch.no_grad():
-        for parameter in lm.parameters():
+        for parameter in made.parameters():
             if parameter.dim() > 1:
                 parameter *= std
-    return lm
+    return made
 
 
 def packed(lengths, seed=0):

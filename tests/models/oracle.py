@@ -1,6 +1,9 @@
 """A depth-routed model as its definition says: every block computes every token, masks decide what
 counts. Plain torch on the model's own weights; the gathered model must equal it."""
 
+import math
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 
@@ -23,12 +26,11 @@ def attention(layer, x_SD, turn, seen_SS):
     return layer.o(torch.einsum("hst,thc->shc", weight_HSS, v).flatten(1))
 
 
-def block_delta(block, x_SD, position_S, turn, keep_S):
+def block_delta(block, x_SD, position_S, turn, keep_S, *, causal=True):
     """What the block adds when only the kept tokens exist for it."""
-    causal_SS = torch.ones(len(x_SD), len(x_SD), dtype=torch.bool).tril()
-    attended = attention(
-        block.attention, norm(block.attention_norm, x_SD), turn, causal_SS & keep_S
-    )
+    seen_SS = torch.ones(len(x_SD), len(x_SD), dtype=torch.bool)
+    seen_SS = (seen_SS.tril() if causal else seen_SS) & keep_S
+    attended = attention(block.attention, norm(block.attention_norm, x_SD), turn, seen_SS)
     normed = norm(block.mlp_norm, x_SD + attended)
     if block.moe is None:
         return attended + block.mlp(normed)
@@ -91,3 +93,27 @@ def halt_logits(model, ids_S):
         out_SD = out_SD + weight_S[:, None] * x_SD
         going_S = going_S & ~halts_S
     return F.linear(norm(model.norm, out_SD), model.embed.weight), torch.stack(ran), ponder_S
+
+
+def class_logits(model, ids_S):
+    """(C,) logits of one text, and which tokens each block computed (L, S), with pruning."""
+    S, routing = len(ids_S), model.config.routing
+    position_S = torch.arange(S, dtype=torch.int32)
+    turn = turn_of(model, position_S)
+    x_SD, ran = model.embed(ids_S), []
+    there_S, mass_S = torch.ones(S, dtype=torch.bool), torch.ones(S, dtype=x_SD.dtype)
+    for i, block in enumerate(model.blocks):
+        ran.append(there_S)
+        delta_SD = block_delta(block, x_SD, position_S, turn, there_S, causal=False)
+        x_SD = torch.where(there_S[:, None], x_SD + delta_SD, x_SD)
+        if str(i) in model.prunes:
+            logit_S = model.prunes[str(i)].router(x_SD, position_S)
+            rank_S = logit_S.masked_fill(~there_S, -torch.inf)
+            rank_S = rank_S.masked_fill(position_S == 0, torch.inf)  # the first one never leaves
+            count = math.ceil(Fraction(str(routing.keep)) * int(there_S.sum()))
+            best = rank_S.argsort(descending=True, stable=True)[: max(count, 1)]
+            there_S = torch.zeros_like(there_S).index_fill(0, best, True)
+            mass_S = mass_S * logit_S.sigmoid()
+    weight_S = mass_S * there_S
+    pooled_D = weight_S @ norm(model.norm, x_SD) / weight_S.sum()
+    return model.head(pooled_D), torch.stack(ran)

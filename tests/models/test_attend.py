@@ -13,8 +13,8 @@ from moe_router.models.packing import NARROW, Packing
 CPU = torch.device("cpu")
 
 
-def packing_of(lengths, device=CPU):
-    return Packing(torch.tensor([0, *lengths]).cumsum(0), device)
+def packing_of(lengths, device=CPU, *, causal=True):
+    return Packing(torch.tensor([0, *lengths]).cumsum(0), device, causal=causal)
 
 
 def qkv(tokens, heads, kv_heads, channels, **kind):
@@ -22,8 +22,8 @@ def qkv(tokens, heads, kv_heads, channels, **kind):
     return [torch.randn(tokens, n, channels, **kind).requires_grad_() for n in shapes]
 
 
-def definition(q_THC, k_TJC, v_TJC, lengths):
-    """Softmax over the past, a sequence and a head at a time."""
+def definition(q_THC, k_TJC, v_TJC, lengths, *, causal=True):
+    """Softmax over the past, or over all, a sequence and a head at a time."""
     group = q_THC.size(1) // k_TJC.size(1)
     out, start = [], 0
     for n in lengths:
@@ -32,24 +32,26 @@ def definition(q_THC, k_TJC, v_TJC, lengths):
         for h in range(q_THC.size(1)):
             q, k, v = q_THC[here, h], k_TJC[here, h // group], v_TJC[here, h // group]
             score = q @ k.T / math.sqrt(q.size(1))
-            future = torch.ones(n, n, device=q.device).triu(1).bool()
-            heads.append(score.masked_fill(future, -torch.inf).softmax(-1) @ v)
+            hidden = causal * torch.ones(n, n, device=q.device).triu(1)
+            heads.append(score.masked_fill(hidden.bool(), -torch.inf).softmax(-1) @ v)
         out.append(torch.stack(heads, 1))
         start += n
     return torch.cat(out)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.integers(0, 40) | st.integers(NARROW, NARROW + 3), min_size=1, max_size=6),
     st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    st.booleans(),
 )
-def test_packed_attention_is_its_definition_forward_and_backward(lengths, heads):
+def test_packed_attention_is_its_definition_forward_and_backward(lengths, heads, causal):
     if not sum(lengths):
         lengths = [*lengths, 1]
     torch.manual_seed(0)
     x = qkv(sum(lengths), *heads, 4, dtype=torch.float64)
-    ours, wanted = attend_packed(*x, packing_of(lengths)), definition(*x, lengths)
+    ours = attend_packed(*x, packing_of(lengths, causal=causal))
+    wanted = definition(*x, lengths, causal=causal)
     torch.testing.assert_close(ours, wanted)
     weight = torch.randn_like(wanted)
     for got, want in zip(
@@ -102,16 +104,33 @@ def test_a_prompt_beside_single_tokens_does_not_widen_their_rows(monkeypatch):
     assert sum(cells) == 1 + 1 + 60 + 3
 
 
+# each way to lay sequences into rows: shared and full, shared with gaps, one a row and shorter
+# than it, one a row and as long, one a call
+@pytest.mark.parametrize(
+    "lengths", [[3, 5, 8, 8], [7, 2, 6, 1], [90, 80, 100], [6, 6], [NARROW + 2, NARROW + 2, 3]]
+)
+def test_both_ways_a_token_sees_what_the_definition_lets_it_see(lengths):
+    x = qkv(sum(lengths), 4, 2, 8, dtype=torch.float64)
+    seen = {}
+    for causal in (True, False):
+        seen[causal] = attend_packed(*x, packing_of(lengths, causal=causal))
+        torch.testing.assert_close(seen[causal], definition(*x, lengths, causal=causal))
+    last_B = torch.tensor(lengths).cumsum(0) - 1  # it has no later token to see
+    torch.testing.assert_close(seen[True][last_B], seen[False][last_B])
+    assert (seen[True] - seen[False]).abs().amax((1, 2)).gt(1e-3).sum() >= sum(lengths) / 2
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("channels", [64, 12])
-def test_cuda_kernels_are_the_definition(heads, dtype, channels):
+def test_cuda_kernels_are_the_definition(heads, dtype, channels, causal):
     lengths = [5, 128, 0, 1, NARROW + 44]
     x = qkv(sum(lengths), *heads, channels, dtype=dtype, device="cuda")
-    ours = attend_packed(*x, packing_of(lengths, torch.device("cuda")))
+    ours = attend_packed(*x, packing_of(lengths, torch.device("cuda"), causal=causal))
     exact = [t.detach().double().requires_grad_() for t in x]
-    wanted = definition(*exact, lengths)
+    wanted = definition(*exact, lengths, causal=causal)
     grads = torch.autograd.grad(ours.double().square().sum(), x)
     wanted_grads = torch.autograd.grad(wanted.square().sum(), exact)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2

@@ -35,17 +35,26 @@ def test_one_sequence_a_row_needs_no_mask():
     assert piece.cell_T.tolist() == [*range(90), *range(100, 180), *range(200, 300)]
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, NARROW + 40), min_size=1, max_size=12))
-def test_every_token_has_its_own_cell_and_sees_its_own_past(lengths):
+def test_both_ways_round_gaps_in_a_row_are_hidden():
+    (piece,) = cut([90, 80, 100], CPU, causal=False)
+    assert (piece.rows, piece.width) == (3, 100)
+    assert piece.mask_R1WW[0, 0, 0].sum() == 90 and piece.mask_R1WW[1, 0, 79].sum() == 80
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, NARROW + 40), min_size=1, max_size=12), st.booleans())
+def test_every_token_has_its_own_cell_and_sees_its_past_or_its_sequence(lengths, causal):
     done = 0
-    for piece in cut(lengths, CPU):
+    for piece in cut(lengths, CPU, causal=causal):
         cells = range(piece.tokens) if piece.cell_T is None else piece.cell_T.tolist()
         assert len(set(cells)) == piece.tokens and max(cells) < piece.rows * piece.width
         if piece.mask_R1WW is not None:
             seen_RW = piece.mask_R1WW[:, 0].sum(-1).flatten()[list(cells)]
-            position = [i for n in lengths[done:] for i in range(n)][: piece.tokens]
-            assert seen_RW.tolist() == [i + 1 for i in position]
+            wanted = [i + 1 if causal else n for n in lengths[done:] for i in range(n)]
+            assert seen_RW.tolist() == wanted[: piece.tokens]
+        elif not causal:  # then every row is full of one sequence
+            assert piece.rows * piece.width == piece.tokens
+            assert set(lengths[done : done + piece.rows]) == {piece.width}
         took = 0
         while took < piece.tokens:
             took += lengths[done]
