@@ -48,7 +48,8 @@ class Cost:
     """The parts of a model, and sums over them.
 
     Attributes:
-        tokens_per_step: trained on in one optimizer step, all ranks together.
+        tokens_per_step: trained on in one optimizer step, all ranks together; labelled documents may
+            be shorter than data.seq_len, then it is a bound.
         equal_width: hidden width of a dense SwiGLU of the same FLOPs as an MoE layer; 0: no MoE.
         bytes_per_rank: weights, gradients and optimizer state on the fullest rank.
     """
@@ -125,8 +126,9 @@ def cost(config: Config, vocab: int = BYTE_VOCAB) -> Cost:
 def _parts(config: Config, vocab: int) -> Iterator[Part]:
     model = config.model
     D = model.dim
+    tied = model.kind == "causal_lm" and model.tie_embeddings
     # a tied matrix is held here and met at the head
-    yield Part("embed", "embed", vocab * D, 0 if model.tie_embeddings else D, 0, 0)
+    yield Part("embed", "embed", vocab * D, 0 if tied else D, 0, 0)
     staying = 1.0  # of the tokens, after what was pruned
     for i in range(model.layers):
         layer = str(i)
@@ -139,8 +141,17 @@ def _parts(config: Config, vocab: int) -> Iterator[Part]:
         if leaves and model.routes(i, "prune"):
             staying *= keep
     yield Part("head", "norms", D, D, 0, 0)
-    own, flops = 0 if model.tie_embeddings else vocab * D, 2 * vocab * D
-    yield Part("head", "head", own, vocab * D, flops, flops)
+    if model.kind == "encoder":
+        yield _label_head(D, len(config.data.labels), config.data.seq_len)
+    else:
+        own, flops = 0 if tied else vocab * D, 2 * vocab * D
+        yield Part("head", "head", own, vocab * D, flops, flops)
+
+
+def _label_head(D: int, labels: int, seq_len: int) -> Part:
+    """Once for each document: its tokens share what it costs."""
+    both, flops = D * labels + labels, round(2 * D * labels / seq_len)
+    return Part("head", "head", both, both, flops, flops)
 
 
 def _block(layer: str, index: int, model: ModelConfig, seq_len: int) -> Iterator[Part]:
@@ -181,11 +192,13 @@ def _score(kind: RouterKind, D: int, groups: int, hidden: int) -> tuple[int, int
 
 
 def _attention(layer: str, model: ModelConfig, seq_len: int) -> Part:
-    """Causal: a token looks at (seq_len + 1) / 2 tokens on average, fewer where documents end."""
-    D = model.dim
+    """A causal token looks at (seq_len + 1) / 2 tokens on average, an encoder's at all seq_len;
+    fewer where documents end."""
+    D, causal = model.dim, model.kind == "causal_lm"
     width = D // model.heads * model.kv_heads
     weights = 2 * D * D + 2 * D * width
-    flops = 2 * weights + 2 * D * (seq_len + 1)  # scores and sums: 2 * 2 * D for each one seen
+    seen_twice = seq_len + 1 if causal else 2 * seq_len
+    flops = 2 * weights + 2 * D * seen_twice  # scores and sums: 2 * 2 * D for each one seen
     return Part(layer, "attention", weights, weights, flops, flops)
 
 

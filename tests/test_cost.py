@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_router.config_file import load_config
 from moe_router.cost import BYTE_VOCAB, cost
-from moe_router.models import CausalLM
+from moe_router.models import CausalLM, TextClassifier
 
 TINY = [
     "model.layers=3",
@@ -17,6 +17,12 @@ TINY = [
     "model.hidden=48",
     "model.moe.hidden=24",
     "data.seq_len=16",
+]
+LABELLED = [
+    "model.kind=encoder",
+    "data.source=labelled",
+    "data.path=none.csv",
+    "data.labels=[a, b, c]",
 ]
 VARIANTS = {
     "moe": [],
@@ -30,6 +36,9 @@ VARIANTS = {
     "skip": ["model.moe=null", "model.routing={kind: skip, predictor: mlp, keep: 0.25}"],
     "skip experts": ["model.routing={kind: skip, router: position}"],
     "halt": ["model.moe=null", "model.routing={kind: halt, router: mlp, first: 0, every: 1}"],
+    "encoder": ["model.moe=null", *LABELLED],
+    "prune": ["model.moe=null", *LABELLED, "model.routing={kind: prune, keep: 0.5}"],
+    "prune experts": [*LABELLED, "model.routing={kind: prune, router: mlp, first: 0, every: 1}"],
 }
 
 
@@ -37,10 +46,16 @@ def tiny(variant):
     return load_config("quickstart", TINY + VARIANTS[variant])
 
 
+def model_of(config):
+    if config.model.kind == "encoder":
+        return TextClassifier(config.model, BYTE_VOCAB, len(config.data.labels))
+    return CausalLM(config.model, BYTE_VOCAB)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_those_of_the_model(variant):
     config = tiny(variant)
-    model = CausalLM(config.model, BYTE_VOCAB)
+    model = model_of(config)
     total = cost(config)
     assert total.parameters == sum(p.numel() for p in model.parameters())
     router = [
@@ -51,8 +66,9 @@ def test_parameters_are_those_of_the_model(variant):
     assert total.router_parameter_share == sum(router) / total.parameters
     for i, block in enumerate(model.blocks):
         held = sum(part.parameters for part in total.of_layer(str(i)))
-        halt = model.halts[str(i)].parameters() if str(i) in model.halts else []
-        assert held == sum(p.numel() for p in (*block.parameters(), *halt))
+        leave = [kind[str(i)] for kind in (model.halts, model.prunes) if str(i) in kind]
+        own = [p for module in (block, *leave) for p in module.parameters()]
+        assert held == sum(p.numel() for p in own)
 
 
 def test_a_skipped_block_costs_what_it_keeps():
@@ -63,12 +79,26 @@ def test_a_skipped_block_costs_what_it_keeps():
     assert routed.dense_flops == whole.dense_flops > routed.flops
 
 
-@pytest.mark.parametrize("variant", ["dense", "untied"])
+def test_blocks_after_a_prune_cost_what_stays():
+    whole, routed = cost(tiny("encoder")), cost(tiny("prune"))
+    flops = {(part.layer, part.name): part.flops for part in routed.parts}
+    dense = {(part.layer, part.name): part.flops for part in whole.parts}
+    for layer in ("0", "1"):
+        assert flops[layer, "mlp"] == dense[layer, "mlp"]
+    assert flops["2", "mlp"] == dense["2", "mlp"] // 2
+    # half of the tokens, and each sees half as many
+    S, D = 16, 32
+    seen = dense["2", "attention"] - 2 * whole.of_layer("2")[0].parameters
+    assert seen == 4 * D * S
+    assert flops["2", "attention"] == (dense["2", "attention"] - seen // 2) // 2
+
+
+@pytest.mark.parametrize("variant", ["dense", "untied", "encoder"])
 def test_flops_are_those_torch_counts(variant):
     """Where torch's counter knows every product: a dense model. It counts attention unmasked."""
     config = tiny(variant)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=None))
-    model, S = CausalLM(config.model, BYTE_VOCAB), config.data.seq_len
+    model, S = model_of(config), config.data.seq_len
     ids_T = torch.zeros(S, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(ids_T, torch.arange(S).int(), torch.tensor([0, S]).int())
@@ -78,8 +108,10 @@ def test_flops_are_those_torch_counts(variant):
         if "attention" not in str(op)
     )
     total, D = cost(config), config.model.dim
-    causal = config.model.layers * 2 * D * (S + 1)
-    assert counted == S * (total.flops - causal)
+    encoder = config.model.kind == "encoder"
+    seen = config.model.layers * 2 * D * (2 * S if encoder else S + 1)
+    pooled = 2 * S * D if encoder else 0  # a mean, which the counter takes for a product
+    assert counted == S * (total.flops - seen) + pooled
 
 
 def test_expert_flops_by_hand():
