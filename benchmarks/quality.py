@@ -54,6 +54,7 @@ def train(base: Config, name: str, seed: int, device: str) -> float:
     record = trainer.evaluate()
     trainer.close()
     print(f"{name:9} seed {seed}: {record.bits_per_byte:.4f} bits per byte", flush=True)
+    assert record.bits_per_byte is not None  # of text
     return record.bits_per_byte
 
 

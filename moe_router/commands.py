@@ -15,7 +15,7 @@ from moe_router.observability.records import EvalRecord
 from moe_router.training.checkpoint import read_about
 from moe_router.training.data import load_dataset
 from moe_router.training.evaluate import evaluate
-from moe_router.training.inference import load_for_inference
+from moe_router.training.inference import load_for_inference, load_model
 
 
 def evaluate_step(step_dir: Path, overrides: Sequence[str], device: str) -> EvalRecord:
@@ -27,7 +27,7 @@ def evaluate_step(step_dir: Path, overrides: Sequence[str], device: str) -> Eval
     Raises:
         MoeRouterError: no checkpoint, no data, or an override of what the model is.
     """
-    model, config, _ = load_for_inference(step_dir, device)
+    model, config, _ = load_model(step_dir, device)
     config = _changed(config, overrides, step_dir)
     step = read_about(step_dir)["step"]
     dataset = load_dataset(config.data)

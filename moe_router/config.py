@@ -55,9 +55,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    source: Literal[
-        "pydoc", "shakespeare", "enwik8", "text", "jsonl", "csv", "shards", "labelled"
-    ]
+    source: Literal["pydoc", "shakespeare", "enwik8", "text", "jsonl", "csv", "shards", "labelled"]
     path: str | None = None  # a file, a folder or a glob; shakespeare and enwik8 may download
     field: str = "text"  # the JSONL key or CSV column that holds the text
     label: str = "label"  # labelled: the one that holds the label

@@ -167,6 +167,11 @@ def _value(value: object, hint: Any, key: str) -> Any:
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
     if dataclasses.is_dataclass(hint):
         return _section(value, typing.cast(type, hint), key)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key}={_shown(value)}: want {_wanted(hint)}")
+        (item, _) = typing.get_args(hint)
+        return tuple(_value(each, item, f"{key}[{i}]") for i, each in enumerate(value))
     if typing.get_origin(hint) is Literal:
         options = typing.get_args(hint)
         if isinstance(value, str) and value in options:
@@ -216,6 +221,8 @@ def _wanted(hint: Any) -> str:
         return " or ".join([*map(_wanted, options), "null"])
     if typing.get_origin(hint) is Literal:
         return " | ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_wanted(typing.get_args(hint)[0])}"
     if dataclasses.is_dataclass(hint):
         return f"a section with {', '.join(_fields(hint))}"
     return _WANTED[hint]

@@ -90,14 +90,18 @@ def doctor_table(findings: Sequence[Finding]) -> Table:
 
 
 def eval_table(record: EvalRecord, title: str) -> Table:
-    """Held-out quality beside what letter frequencies alone reach."""
-    share = record.bits_per_byte / record.unigram_bits_per_byte
+    """Held-out quality; of text beside what letter frequencies alone reach."""
     table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("held-out tokens", f"{record.tokens:,}")
-    table.add_row("loss, nats per token", f"{record.loss:.4f}")
-    table.add_row("bits per byte", f"{record.bits_per_byte:.4f}", style="bold")
-    table.add_row("unigram entropy, bits per byte", f"{record.unigram_bits_per_byte:.4f}")
-    table.add_row("of the unigram entropy", f"{share:.3f}")
+    table.add_row("loss, nats", f"{record.loss:.4f}")
+    if record.accuracy is not None:
+        table.add_row("accuracy", f"{record.accuracy:.2%}", style="bold")
+        table.add_row("Matthews correlation", f"{record.matthews or 0:.4f}")
+    if record.bits_per_byte is not None and record.unigram_bits_per_byte:
+        share = record.bits_per_byte / record.unigram_bits_per_byte
+        table.add_row("bits per byte", f"{record.bits_per_byte:.4f}", style="bold")
+        table.add_row("unigram entropy, bits per byte", f"{record.unigram_bits_per_byte:.4f}")
+        table.add_row("of the unigram entropy", f"{share:.3f}")
     return table

@@ -22,7 +22,7 @@ from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.serving.decoder import Decoder
 from moe_router.serving.requests import Event, Work
 from moe_router.training.checkpoint_files import read_about
-from moe_router.training.data import Dataset, load_dataset
+from moe_router.training.data import AnyDataset, load_dataset
 from moe_router.training.inference import load_for_inference
 from moe_router.training.loop import Trainer
 from moe_router.training.parallel import is_peer_loss
@@ -49,7 +49,7 @@ class ExpertShard:
         self._folder = folder
         self._rank, self._ranks = 0, 1
         self._store: TCPStore | None = None
-        self._dataset: Dataset | None = None
+        self._dataset: AnyDataset | None = None
         self._trainer: Trainer | None = None
         self._reporter: Reporter | None = None
         self._decoder: Decoder | None = None

@@ -17,7 +17,7 @@ from moe_router.errors import NotCausalError
 from moe_router.models import Sampling, generate
 from moe_router.observability.files import write_atomic
 from moe_router.observability.report import write_report
-from moe_router.observability.summary import write_summary
+from moe_router.observability.summary import quality_of, write_summary
 from moe_router.observability.trace import Recorder
 from moe_router.routing import Context
 from moe_router.tables import visible
@@ -34,8 +34,10 @@ def write_sample(config: Config, run_dir: Path, step_dir: Path, device: str) -> 
     The checkpoint may come from any number of ranks: the experts of all are gathered here.
 
     Returns:
-        The text, prompt included; None for a model that is not causal and cannot generate.
+        The text, prompt included; None for a model that cannot generate.
     """
+    if config.model.kind != "causal_lm":
+        return None
     model, _, tokenizer = load_for_inference(step_dir, device)
     # a document starts with its separator: without it the prompt would look like a torn-off text
     prompt = [tokenizer.document_id, *tokenizer.encode(config.serve.prompt)]
@@ -81,14 +83,16 @@ def summarise(config: Config, progress: Progress, *, seconds: float, device: str
     Args:
         seconds: wall-clock of this process, start of Ray and recoveries included.
     """
-    quality = progress.evals[progress.step]
+    held_out = progress.evals[progress.step]
     final = progress.last
     return {
         "name": config.run.name,
         "steps": progress.step,
-        "bits_per_byte": quality.bits_per_byte,
-        "unigram_bits_per_byte": quality.unigram_bits_per_byte,
-        "held_out_loss": quality.loss,
+        "bits_per_byte": held_out.bits_per_byte,
+        "unigram_bits_per_byte": held_out.unigram_bits_per_byte,
+        "accuracy": held_out.accuracy,
+        "matthews": held_out.matthews,
+        "held_out_loss": held_out.loss,
         "loss": None if final is None else final.loss,
         "seconds": round(seconds, 2),
         "tokens": progress.tokens,
@@ -130,7 +134,8 @@ def finish(
     write_summary(run_dir, **summary)
     report = write_report(run_dir)
     if text is None:
-        console.print("no sample: the model's routing looks at later tokens", style="dim")
+        why = "it labels texts" if summary["accuracy"] is not None else "it looks at later tokens"
+        console.print(f"no sample of the model's own text: {why}", style="dim")
     else:
         _show(console, config.serve.prompt, text)
     # soft_wrap: a path that a line break cuts cannot be copied
@@ -159,11 +164,10 @@ def _show(console: Console, prompt: str, text: str) -> None:
 
 
 def _facts(summary: dict[str, Any], step_dir: Path, report: Path) -> Text:
-    bits, unigram = summary["bits_per_byte"], summary["unigram_bits_per_byte"]
     speed = summary["tokens_per_second"]
     pace = "" if speed is None else f", {short(speed)} tokens/s"
     rows = {
-        "held out": f"{bits:.3f} bits per byte, {bits / unigram:.2f} of the unigram entropy",
+        "held out": quality_of(summary),
         "trained": f"{summary['steps']} steps in {clock(summary['seconds'])}{pace}",
         "actors": f"{summary['actors']} on {summary['device']}, {_losses(summary['recoveries'])}",
         "checkpoint": near(step_dir),

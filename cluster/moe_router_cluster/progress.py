@@ -79,12 +79,12 @@ class View:
     """Args:
     console: where to; a terminal gets the bar.
     steps: of the whole run.
-    bytes_per_token: of the data, for bits per byte.
+    bytes_per_token: of the data, for bits per byte; None says none.
     actors: how many hold the model.
     """
 
     def __init__(
-        self, console: Console, *, steps: int, bytes_per_token: float, actors: int
+        self, console: Console, *, steps: int, bytes_per_token: float | None, actors: int
     ) -> None:
         self.console = console
         self.pace = Pace()
@@ -140,15 +140,18 @@ class View:
 
     def line(self, record: StepRecord) -> str:
         """What is worth knowing about the newest step, short enough for one row."""
-        bits = record.loss / math.log(2) / self._bytes_per_token
+        per_token, dense = self._bytes_per_token, record.dense_flops
+        bits = None if per_token is None else record.loss / math.log(2) / per_token
+        computed = record.executed_flops / dense if dense else 1.0
         balance = imbalance(record.load_LE)
         share = f" ({self._dropped / self._rows:.1%})" if self._dropped and self._rows else ""
         parts = [
             f"loss {record.loss:.3f}",
-            f"{bits:.2f} bits/byte",
+            "" if bits is None else f"{bits:.2f} bits/byte",
+            "" if computed == 1.0 else f"computed {computed:.0%}",
             f"{short(self.pace.tokens_per_second)} tok/s",
             "" if balance is None else f"balance {balance:.2f}",
-            f"dropped {short(self._dropped)}{share}",
+            f"dropped {short(self._dropped)}{share}" if self._rows else "",
             f"gen {self._generation} x{self._actors}",
         ]
         return "  ".join(part for part in parts if part)

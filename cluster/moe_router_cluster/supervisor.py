@@ -188,11 +188,7 @@ class Supervisor:
         record: EvalRecord = self._group.ask("evaluate")[0]
         self.progress.evals[record.step] = record
         self._writer.write_eval(record)
-        share = record.bits_per_byte / record.unigram_bits_per_byte
-        self._view.say(
-            f"step {record.step}: held-out {record.bits_per_byte:.3f} bits per byte, "
-            f"{share:.2f} of the unigram entropy {record.unigram_bits_per_byte:.3f}"
-        )
+        self._view.say(f"step {record.step}: held-out {record}")
 
     def _save(self, *, wait: bool) -> None:
         self._group.ask("save", wait)

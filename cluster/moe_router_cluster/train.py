@@ -17,9 +17,9 @@ from rich.console import Console
 from moe_router.config import Config
 from moe_router.errors import ClusterError
 from moe_router.observability.metrics import MetricsWriter
-from moe_router.observability.summary import read_summary
+from moe_router.observability.summary import quality_of, read_summary
 from moe_router.training.checkpoint_files import latest_checkpoint
-from moe_router.training.data import Dataset, load_dataset
+from moe_router.training.data import AnyDataset, LabelledDataset, load_dataset
 from moe_router_cluster.faults import Kill
 from moe_router_cluster.finish import finish, near
 from moe_router_cluster.interrupts import Interrupts
@@ -67,8 +67,11 @@ def train(
             return run.with_actors(per_token)
 
 
-def bytes_per_token(dataset: Dataset) -> float:
-    """Of the held-out text; 1 for bytes, but for the separators."""
+def bytes_per_token(dataset: AnyDataset) -> float | None:
+    """Of the held-out text; 1 for bytes, but for the separators; None of labelled documents,
+    whose loss is not per token."""
+    if isinstance(dataset, LabelledDataset):
+        return None
     rows = [dataset.val.row(i)[1:] for i in range(min(_MEASURED, dataset.val.rows))]
     sizes = dataset.tokenizer.bytes_of[np.concatenate(rows)]
     return max(float(sizes.mean()), 1e-3)  # never 0: a text of separators alone
@@ -85,7 +88,7 @@ class _Run:
     kill: Kill | None
     began: float  # time.monotonic()
 
-    def with_actors(self, per_token: float) -> bool:
+    def with_actors(self, per_token: float | None) -> bool:
         from ray.exceptions import RayError, RayTaskError
 
         from moe_router_cluster.gating_actor import Agreement
@@ -104,7 +107,7 @@ class _Run:
             agreement.close()
             group.close()
 
-    def _drive(self, group: "ShardGroup", agreement: "Agreement", per_token: float) -> bool:
+    def _drive(self, group: "ShardGroup", agreement: "Agreement", per_token: float | None) -> bool:
         path, actors = self.folder.path, self.config.cluster.actors
         step = group.start(self.folder.checkpoint, self._say)
         self._say(
@@ -125,7 +128,7 @@ class _Run:
         return True
 
     def _supervise(
-        self, group: "ShardGroup", agreement: "Agreement", step: int, per_token: float
+        self, group: "ShardGroup", agreement: "Agreement", step: int, per_token: float | None
     ) -> tuple[bool, Progress]:
         config, path = self.config, self.folder.path
         steps, actors = config.train.steps, config.cluster.actors
@@ -153,8 +156,8 @@ class _Run:
 def _say_finished(path: Path, console: Console) -> None:
     summary = read_summary(path)
     console.print(
-        f"{near(path)} is finished: {summary.get('steps')} steps, "
-        f"{summary.get('bits_per_byte'):.3f} bits per byte; see {near(path / 'report.html')}, or "
+        f"{near(path)} is finished: {summary.get('steps')} steps, {quality_of(summary)}; see "
+        f"{near(path / 'report.html')}, or "
         "train it anew with --restart",
         highlight=False,
         soft_wrap=True,

@@ -1,7 +1,7 @@
 """What every model is built on: embedding, blocks, and which tokens take which block."""
 
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,15 @@ class Passed:
     routed: list[Routed | None] = field(default_factory=list)
     depth: list[dict[str, Tensor]] = field(default_factory=list)
     halted: HaltState | None = None
+
+
+class Output(Protocol):
+    """What a model says of its routing, beside its logits."""
+
+    @property
+    def routed(self) -> tuple[Routed | None, ...]: ...
+    @property
+    def depth(self) -> tuple[dict[str, Tensor], ...]: ...
 
 
 class Backbone(nn.Module):
@@ -151,18 +160,18 @@ class Backbone(nn.Module):
         """The experts of each block; None where it is dense."""
         return [block.moe for block in self.blocks if isinstance(block, Block)]
 
-    def routing_loss(
-        self, routed: tuple[Routed | None, ...], depth: tuple[dict[str, Tensor], ...]
-    ) -> Tensor:
+    def aux_loss(self, output: Output) -> Tensor:
         """The routing losses of all layers times their coefficients: this rank's share."""
         terms = [
             moe.aux_loss(out.choice)
-            for moe, out in zip(self.moes, routed, strict=True)
+            for moe, out in zip(self.moes, output.routed, strict=True)
             if moe is not None and out is not None
         ]
         if self.config.routing is not None:
             scale = self.config.routing.loss_scale
-            terms += [scale[name] * loss for losses in depth for name, loss in losses.items()]
+            terms += [
+                scale[name] * loss for losses in output.depth for name, loss in losses.items()
+            ]
         return torch.stack(terms).sum() if terms else self.norm.weight.new_zeros(())
 
 

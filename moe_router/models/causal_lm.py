@@ -82,10 +82,6 @@ class CausalLM(Backbone):
             self._logits(x_TD), tuple(passed.routed), tuple(passed.depth), passed.halted
         )
 
-    def aux_loss(self, output: LMOutput) -> Tensor:
-        """The routing losses of all layers times their coefficients: this rank's share."""
-        return self.routing_loss(output.routed, output.depth)
-
     def _logits(self, x_TD: Tensor) -> Tensor:
         weight_VD = self.embed.weight if self.head is None else self.head.weight
         return F.linear(self.norm(x_TD), weight_VD).float()

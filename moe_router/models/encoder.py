@@ -88,10 +88,6 @@ class TextClassifier(Backbone):
             logits_BC.float(), tuple(passed.routed), tuple(passed.depth), passed.halted
         )
 
-    def aux_loss(self, output: ClassifierOutput) -> Tensor:
-        """The routing losses of all layers times their coefficients: this rank's share."""
-        return self.routing_loss(output.routed, output.depth)
-
     def _pool(self, passed: Passed, offsets_B1: Tensor) -> Tensor:
         """(B, D): the mean of each sequence's tokens by mass; 0 for an empty sequence."""
         stream = passed.stream

@@ -23,6 +23,9 @@ __all__ = ["MetricsWriter", "imbalance", "read_summary", "write_summary"]
 log = logging.getLogger(__name__)
 
 
+_QUALITY = ("bits_per_byte", "unigram_bits_per_byte", "accuracy", "matthews")
+
+
 class MetricsWriter:
     """Writes metrics.csv, load.csv, eval.csv and tb/ of one run.
 
@@ -77,10 +80,9 @@ class MetricsWriter:
         row: dict[str, Cell] = {
             "step": record.step,
             "loss": record.loss,
-            "bits_per_byte": record.bits_per_byte,
-            "unigram_bits_per_byte": record.unigram_bits_per_byte,
             "tokens": record.tokens,
         }
+        row |= {k: v for k in _QUALITY if (v := getattr(record, k)) is not None}
         self._eval.append([row])
         self._scalars("eval", {k: v for k, v in row.items() if k != "step"}, record.step)
 

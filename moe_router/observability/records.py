@@ -37,10 +37,35 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EvalRecord:
-    """Held-out quality after `step` steps. Bits per byte: total nats / ln 2 / bytes."""
+    """Held-out quality after `step` steps.
+
+    Attributes:
+        loss: mean cross-entropy in nats, per token of text or per labelled document.
+        tokens: that went in.
+        bits_per_byte: of text: total nats / ln 2 / bytes; None of labelled documents.
+        unigram_bits_per_byte: what knowing how often each token occurs would reach.
+        accuracy: of labelled documents: the share that is right; None of text.
+        matthews: their Matthews correlation.
+    """
 
     step: int
     loss: float
-    bits_per_byte: float
-    unigram_bits_per_byte: float
     tokens: int
+    bits_per_byte: float | None = None
+    unigram_bits_per_byte: float | None = None
+    accuracy: float | None = None
+    matthews: float | None = None
+
+    def __str__(self) -> str:
+        return quality(self.bits_per_byte, self.unigram_bits_per_byte, self.accuracy, self.matthews)
+
+
+def quality(
+    bits: float | None, unigram: float | None, accuracy: float | None, correlation: float | None
+) -> str:
+    """Held-out quality in a few words."""
+    if accuracy is not None:
+        return f"{accuracy:.1%} of the labels right, Matthews correlation {correlation or 0:.3f}"
+    if bits is None or not unigram:
+        return "not evaluated"
+    return f"{bits:.3f} bits per byte, {bits / unigram:.2f} of the unigram entropy {unigram:.3f}"

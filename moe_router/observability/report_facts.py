@@ -17,6 +17,11 @@ def headline(summary: Mapping[str, Any], metrics: Rows, evals: Rows) -> list[Fac
 
 
 def _quality(summary: Mapping[str, Any], evals: Rows) -> Fact | None:
+    accuracy = _number(summary.get("accuracy"))
+    if accuracy is None and evals:
+        accuracy = next(iter(numbers(evals[-1], "accuracy") or ()), None)
+    if accuracy is not None:
+        return ("Accuracy", f"{accuracy:.1%}", "of the held-out labels")
     bits = _number(summary.get("bits_per_byte"))
     unigram = _number(summary.get("unigram_bits_per_byte"))
     if bits is None and evals:

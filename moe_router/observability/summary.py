@@ -1,11 +1,13 @@
 """summary.json: what a finished run says about itself, in one flat object."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_router.errors import DataError
 from moe_router.observability.files import write_atomic
+from moe_router.observability.records import quality
 
 
 def write_summary(run_dir: Path, **fields: Any) -> Path:
@@ -39,6 +41,12 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
             f"{path}: no such file; want a finished run: let it end, or name another run"
         )
     return read_object(path)
+
+
+def quality_of(summary: Mapping[str, Any]) -> str:
+    """The held-out quality in a summary, in a few words."""
+    names = ("bits_per_byte", "unigram_bits_per_byte", "accuracy", "matthews")
+    return quality(*(summary.get(name) for name in names))
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 
 from moe_router.config import Config
 from moe_router.dispatch import AllToAll, Dispatcher, Local
-from moe_router.models import CausalLM, init_parameters
+from moe_router.models import CausalLM, TextClassifier, init_parameters
 from moe_router.training.parallel import shard_dense
 
 
@@ -19,21 +19,34 @@ def repeat_bitwise(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def build_model(config: Config, vocab: int, *, ranks: int, device: torch.device) -> CausalLM:
+def new_model(config: Config, vocab: int, dispatcher: Dispatcher) -> CausalLM | TextClassifier:
+    """What model.kind names, with weights that nobody has set yet."""
+    model, kernels = config.model, config.kernels
+    again = config.train.activation_checkpointing
+    if model.kind == "causal_lm":
+        return CausalLM(
+            model, vocab, dispatcher=dispatcher, kernels=kernels, activation_checkpointing=again
+        )
+    return TextClassifier(
+        model,
+        vocab,
+        len(config.data.labels),
+        dispatcher=dispatcher,
+        kernels=kernels,
+        activation_checkpointing=again,
+    )
+
+
+def build_model(
+    config: Config, vocab: int, *, ranks: int, device: torch.device
+) -> CausalLM | TextClassifier:
     """As initialised by the seed: ranks hold bit for bit the slices of the one-rank model.
 
     Args:
         vocab: of the tokenizer.
         ranks: of the default process group, which must exist when there are several.
     """
-    dispatcher: Dispatcher = AllToAll() if ranks > 1 else Local()
-    model = CausalLM(
-        config.model,
-        vocab,
-        dispatcher=dispatcher,
-        kernels=config.kernels,
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
+    model = new_model(config, vocab, AllToAll() if ranks > 1 else Local())
     init_parameters(model, config.run.seed)
     model.to(device)
     if config.train.dense == "fsdp" and ranks > 1:

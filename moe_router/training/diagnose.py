@@ -59,7 +59,7 @@ class _Watch:
 
     def _hook(self, index: int) -> Callable[[nn.Module, object, object], None]:
         def look(_module: nn.Module, _inputs: object, output: object) -> None:
-            value = getattr(output, "logits_TV", output)
+            value = getattr(output, "logits", output)
             if isinstance(value, Tensor) and value.is_floating_point() and not _finite(value):
                 self.bad.append(index)
 

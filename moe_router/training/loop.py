@@ -13,14 +13,14 @@ import torch
 
 from moe_router.config import Config
 from moe_router.errors import NonFiniteError
-from moe_router.models import LMOutput, token_loss
+from moe_router.models import ClassifierOutput, LMOutput, token_loss
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.observability.trace import Recorder
 from moe_router.routing import Context
 from moe_router.training.build import build_model, repeat_bitwise
 from moe_router.training.checkpoint import CheckpointWriter, read_checkpoint
 from moe_router.training.checkpoint_files import drop_leftovers
-from moe_router.training.data import Batch, Dataset, load_dataset, train_batch
+from moe_router.training.data import AnyDataset, Batch, load_dataset, train_batch
 from moe_router.training.diagnose import first_cause
 from moe_router.training.evaluate import evaluate
 from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step, square_sum
@@ -60,7 +60,7 @@ class Trainer:
         rank: int = 0,
         ranks: int = 1,
         device: torch.device | str = "cpu",
-        dataset: Dataset | None = None,
+        dataset: AnyDataset | None = None,
         run_dir: Path | None = None,
     ) -> None:
         self.config, self.rank, self.ranks = config, rank, ranks
@@ -140,7 +140,7 @@ class Trainer:
             self._forward_backward(micro, tally, recorder)
         totals = self._sum_over_ranks(tally)
         tokens = sum(micro.batch.tokens for micro in micros)
-        loss = totals.cross_entropy / tokens
+        loss = totals.cross_entropy / sum(micro.batch.targets for micro in micros)
         if not (math.isfinite(loss) and math.isfinite(totals.grad_norm)):
             self._refuse(micros, loss, totals.grad_norm)
         lr = self._commit(totals)
@@ -186,15 +186,15 @@ class Trainer:
             before = micro.key.step % self.config.train.accumulation * batch.tokens
             recorder.begin(batch.ids_T, batch.position_T, before + batch.first_token)
         output = self._forward(batch, Context(micro.key, tally.ledger, recorder))
-        cross_entropy = token_loss(output.logits_TV, batch.target_T)
-        loss = cross_entropy / batch.tokens + self.model.aux_loss(output)
+        cross_entropy = token_loss(output.logits, batch.target_N)
+        loss = cross_entropy / batch.targets + self.model.aux_loss(output)
         (loss / self.config.train.accumulation).backward()  # type: ignore[no-untyped-call]
         tally.add(cross_entropy, output.routed, output.depth)
 
-    def _forward(self, batch: Batch, context: Context) -> LMOutput:
+    def _forward(self, batch: Batch, context: Context) -> LMOutput | ClassifierOutput:
         bf16 = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            output: LMOutput = self.model(
+            output: LMOutput | ClassifierOutput = self.model(
                 batch.ids_T, batch.position_T, batch.offsets_B1, context=context
             )
         return output

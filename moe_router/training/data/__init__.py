@@ -1,7 +1,9 @@
 """Text to batches: sources, tokenizers, packing, exact resume. Formats: docs/data.md."""
 
-from moe_router.training.data.batches import Batch, train_batch, val_batches
-from moe_router.training.data.dataset import Dataset, load_dataset
+from moe_router.training.data.batches import Batch
+from moe_router.training.data.dataset import Dataset
+from moe_router.training.data.labelled import LabelledDataset
+from moe_router.training.data.load import AnyDataset, load_dataset, train_batch, val_batches
 from moe_router.training.data.permutation import permute
 from moe_router.training.data.shards import write_shard
 from moe_router.training.data.stream import Segments, TokenStream
@@ -13,10 +15,12 @@ from moe_router.training.data.tokenizer import (
 )
 
 __all__ = [
+    "AnyDataset",
     "Batch",
     "ByteTokenizer",
     "Dataset",
     "FileTokenizer",
+    "LabelledDataset",
     "Segments",
     "TokenStream",
     "Tokenizer",

@@ -7,7 +7,7 @@ order for any W.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,26 +25,29 @@ class Batch:
 
     Attributes:
         ids_T: int64, the inputs.
-        target_T: int64, the token after each in the stream; every position has one.
+        target_N: int64, what is to be predicted: for text N is T, the token after each in the
+            stream; for labelled documents N is B, the label of each.
         position_T: int32, position inside its document or, if it began in an earlier row, its row.
         offsets_B1: int32, sequence b is tokens offsets[b] : offsets[b + 1]; one starts at every
             row and every separator, and attention stays inside.
         first_token: index of this rank's first token in the micro-batch of all ranks.
         tokens: of the micro-batch, all ranks.
+        targets: likewise.
     """
 
     ids_T: Tensor
-    target_T: Tensor
+    target_N: Tensor
     position_T: Tensor
     offsets_B1: Tensor
     first_token: int
     tokens: int
+    targets: int
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; the offsets stay, the model reads them on the host."""
-        tensors = (self.ids_T, self.target_T, self.position_T)
-        ids_T, target_T, position_T = (x.to(device, non_blocking=True) for x in tensors)
-        return Batch(ids_T, target_T, position_T, self.offsets_B1, self.first_token, self.tokens)
+        tensors = (self.ids_T, self.target_N, self.position_T)
+        ids_T, target_N, position_T = (x.to(device, non_blocking=True) for x in tensors)
+        return replace(self, ids_T=ids_T, target_N=target_N, position_T=position_T)
 
 
 def train_batch(
@@ -71,14 +74,10 @@ def train_batch(
         ConfigError: `batch` cannot be shared out evenly.
         IndexError: step, micro or rank is out of range.
     """
-    share = _share(batch, accumulation, ranks)
-    if step < 0 or not 0 <= micro < accumulation or not 0 <= rank < ranks:
-        raise IndexError(
-            f"step={step} micro={micro} rank={rank}: want step >= 0, micro in "
-            f"0..{accumulation - 1}, rank in 0..{ranks - 1}"
-        )
+    share = share_of(batch, accumulation, ranks)
+    check_place(step, micro, accumulation, rank, ranks)
     first = step * batch + (micro * ranks + rank) * share
-    index_B = _shuffled(first, share, dataset.train.rows, seed)
+    index_B = shuffled(first, share, dataset.train.rows, seed)
     length = dataset.train.seq_len
     return _pack(
         dataset.train.rows_at(index_B.tolist()),
@@ -123,7 +122,16 @@ def val_batches(
         )
 
 
-def _share(batch: int, accumulation: int, ranks: int) -> int:
+def check_place(step: int, micro: int, accumulation: int, rank: int, ranks: int) -> None:
+    """Raises IndexError where no batch lies."""
+    if step < 0 or not 0 <= micro < accumulation or not 0 <= rank < ranks:
+        raise IndexError(
+            f"step={step} micro={micro} rank={rank}: want step >= 0, micro in "
+            f"0..{accumulation - 1}, rank in 0..{ranks - 1}"
+        )
+
+
+def share_of(batch: int, accumulation: int, ranks: int) -> int:
     """Rows of one rank in one micro-step."""
     share, rest = divmod(batch, accumulation * ranks)
     if share < 1 or rest:
@@ -134,7 +142,7 @@ def _share(batch: int, accumulation: int, ranks: int) -> int:
     return share
 
 
-def _shuffled(first: int, count: int, rows: int, seed: int) -> NDArray[np.int64]:
+def shuffled(first: int, count: int, rows: int, seed: int) -> NDArray[np.int64]:
     """Rows number first : first + count of the run, which may lie in several epochs."""
     number_B = np.arange(first, first + count)
     epoch_B, index_B = np.divmod(number_B, rows)
@@ -157,9 +165,10 @@ def _pack(rows_BS: NDArray[np.int32], separator: int, *, first_token: int, token
     wide_BS = rows_BS.astype(np.int64)
     return Batch(
         ids_T=torch.from_numpy(wide_BS[:, :-1].reshape(-1)),
-        target_T=torch.from_numpy(wide_BS[:, 1:].reshape(-1)),
+        target_N=torch.from_numpy(wide_BS[:, 1:].reshape(-1)),
         position_T=torch.from_numpy(position_T),
         offsets_B1=torch.from_numpy(offsets_B1),
         first_token=first_token,
         tokens=tokens,
+        targets=tokens,
     )

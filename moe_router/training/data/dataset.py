@@ -36,7 +36,7 @@ class Dataset:
     unigram_bits_per_byte: float
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_text(config: DataConfig) -> Dataset:
     """Read, tokenise and split what `config` names. The same config gives the same dataset.
 
     Raises:

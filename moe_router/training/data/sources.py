@@ -68,6 +68,8 @@ def read_corpus(config: DataConfig) -> Corpus:
             return Corpus(_each(_table, config, _TABLES))
         case "shards":
             raise DataError("data.source=shards holds tokens, not text: use load_dataset")
+        case "labelled":
+            raise DataError("data.source=labelled holds labels beside texts: use load_dataset")
 
 
 def pydoc(val_fraction: float) -> Corpus:
@@ -154,12 +156,12 @@ def _json_lines(path: Path, field: str) -> Iterator[Text]:
     with open_content(path) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                text = _field(_json(line, f"{path}:{number}"), field, f"{path}:{number}")
+                text = text_of(json_object(line, f"{path}:{number}"), field, f"{path}:{number}")
                 if text:
                     yield _bytes(text, f"{path}:{number}")
 
 
-def _json(line: bytes, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -173,7 +175,7 @@ def _json(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _field(row: dict[str, Any], field: str, where: str) -> str:
+def text_of(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
         raise DataError(
             f"{where}: no key {field!r} (data.field), has {_some(row)}" + near(field, row)

@@ -84,14 +84,14 @@ def test_sequences_start_at_rows_and_separators(rows: int, documents: int, step:
     assert offsets == [*want, len(ids)]
     position = [t - max(o for o in want if o <= t) for t in range(len(ids))]
     assert batch.position_T.tolist() == position
-    assert (batch.ids_T.dtype, batch.target_T.dtype) == (torch.int64, torch.int64)
+    assert (batch.ids_T.dtype, batch.target_N.dtype) == (torch.int64, torch.int64)
     assert (batch.position_T.dtype, batch.offsets_B1.dtype) == (torch.int32, torch.int32)
 
 
 def test_each_target_is_the_next_token_of_the_stream() -> None:
     data = dataset(9)
     for batch in (batches(data), *val_batches(data, rows=9, batch=4, rank=0, ranks=1)):
-        assert torch.equal(batch.target_T, (batch.ids_T + 1) % 250)
+        assert torch.equal(batch.target_N, (batch.ids_T + 1) % 250)
 
 
 def test_tokens_are_numbered_over_the_ranks_of_a_micro_step() -> None:

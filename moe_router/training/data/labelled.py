@@ -1,0 +1,239 @@
+"""Labelled documents: one text and one label each, cut at seq_len tokens, never padded."""
+
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe_router.config import DataConfig
+from moe_router.errors import DataError
+from moe_router.training.data.batches import Batch, check_place, share_of, shuffled
+from moe_router.training.data.files import expand, near, open_content
+from moe_router.training.data.sources import json_object, text_of
+from moe_router.training.data.tokenizer import Tokenizer, load_tokenizer
+
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Token ids end to end.
+
+    Attributes:
+        ids: of all documents, each after its separator.
+        offsets_N1: int64, document n is ids[offsets[n] : offsets[n + 1]].
+        label_N: int64.
+    """
+
+    ids: NDArray[np.int32]
+    offsets_N1: NDArray[np.int64]
+    label_N: NDArray[np.int64]
+
+    @property
+    def rows(self) -> int:
+        return len(self.label_N)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledDataset:
+    """Attributes:
+    train, val: documents by index; `val` is held out.
+    tokenizer: made the ids.
+    labels: names, in order of their ids.
+    """
+
+    train: Documents
+    val: Documents
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+
+
+def load_labelled(config: DataConfig) -> LabelledDataset:
+    """Read, tokenise and split what `config` names. The same config gives the same dataset.
+
+    Raises:
+        DataError: a file is missing, empty, damaged, or holds a label that data.labels does not.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    assert config.path is not None
+    train = _read(config.path, "data.path", config, tokenizer)
+    if config.val_path is not None:
+        val = _read(config.val_path, "data.val_path", config, tokenizer)
+        return LabelledDataset(train, val, tokenizer, config.labels)
+    held_out = round(config.val_fraction * train.rows)
+    if not 0 < held_out < train.rows:
+        raise DataError(
+            f"data.path={config.path}: {train.rows} documents, want enough to hold out "
+            f"data.val_fraction={config.val_fraction} of them; add some, or set data.val_path"
+        )
+    # every n-th, not the last: files are often sorted by label
+    is_val_N = np.diff(np.arange(train.rows + 1) * held_out // train.rows) > 0
+    kept, held = (_some(train, np.flatnonzero(mask)) for mask in (~is_val_N, is_val_N))
+    return LabelledDataset(kept, held, tokenizer, config.labels)
+
+
+def labelled_batch(
+    dataset: LabelledDataset,
+    *,
+    batch: int,
+    step: int,
+    micro: int,
+    accumulation: int,
+    rank: int,
+    ranks: int,
+    seed: int,
+) -> Batch:
+    """The documents of one rank in one micro-step; arguments as `train_batch`."""
+    share = share_of(batch, accumulation, ranks)
+    check_place(step, micro, accumulation, rank, ranks)
+    first = step * batch + micro * ranks * share
+    index_N = shuffled(first, ranks * share, dataset.train.rows, seed)
+    return _pack(dataset.train, index_N, rank * share, (rank + 1) * share)
+
+
+def labelled_val_batches(
+    dataset: LabelledDataset, *, rows: int, batch: int, rank: int, ranks: int
+) -> Iterator[Batch]:
+    """The first held-out documents, each exactly once over all ranks and batches; as
+    `val_batches`."""
+    rows = min(rows, dataset.val.rows)
+    if rows < ranks:
+        raise DataError(
+            f"{rows} held-out documents (train.eval_rows), want at least {ranks}, one for each of "
+            "cluster.actors"
+        )
+    count = max(1, min(-(-rows // batch), rows // ranks))
+    for i in range(count):
+        start, stop = i * rows // count, (i + 1) * rows // count
+        cut = [r * (stop - start) // ranks for r in (rank, rank + 1)]
+        yield _pack(dataset.val, np.arange(start, stop), *cut)
+
+
+def _pack(documents: Documents, index_N: NDArray[np.int64], start: int, stop: int) -> Batch:
+    """Documents index[start:stop] of a micro-batch of all ranks, as flat tensors."""
+    length_N = documents.offsets_N1[index_N + 1] - documents.offsets_N1[index_N]
+    mine = _some(documents, index_N[start:stop])
+    lengths = np.diff(mine.offsets_N1)
+    position_T = np.arange(len(mine.ids)) - np.repeat(mine.offsets_N1[:-1], lengths)
+    return Batch(
+        ids_T=torch.from_numpy(mine.ids.astype(np.int64)),
+        target_N=torch.from_numpy(mine.label_N),
+        position_T=torch.from_numpy(position_T.astype(np.int32)),
+        offsets_B1=torch.from_numpy(mine.offsets_N1.astype(np.int32)),
+        first_token=int(length_N[:start].sum()),
+        tokens=int(length_N.sum()),
+        targets=len(index_N),
+    )
+
+
+def _some(documents: Documents, index_N: NDArray[np.int64]) -> Documents:
+    bounds = documents.offsets_N1
+    parts = [documents.ids[bounds[n] : bounds[n + 1]] for n in index_N.tolist()]
+    offsets = np.array([0, *accumulate(map(len, parts))], np.int64)
+    ids = np.concatenate(parts) if parts else documents.ids[:0]
+    return Documents(ids, offsets, documents.label_N[index_N])
+
+
+def _read(path: str, key: str, config: DataConfig, tokenizer: Tokenizer) -> Documents:
+    parts, labels = [], []
+    known = {name: i for i, name in enumerate(config.labels)}
+    for file in expand(path, _SUFFIXES):
+        for where, label, text in _rows(file, config):
+            if label not in known:
+                raise DataError(
+                    f"{where}: label {label!r}, want one of data.labels: {', '.join(known)}"
+                    + near(label, known)
+                )
+            ids = [tokenizer.document_id, *tokenizer.encode(text)]
+            if len(ids) == 1:
+                raise DataError(f"{where}: an empty text, want at least one token; leave it out")
+            parts.append(np.array(ids[: config.seq_len], np.int32))
+            labels.append(known[label])
+    if not parts:
+        raise DataError(f"{key}={path}: is empty, want labelled text in it")
+    offsets = np.array([0, *accumulate(map(len, parts))], np.int64)
+    return Documents(np.concatenate(parts), offsets, np.array(labels, np.int64))
+
+
+def _rows(file: Path, config: DataConfig) -> Iterator[tuple[str, str, str]]:
+    """Where it stands, label and text of each document, by what the file's name ends in."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if {".jsonl", ".ndjson"} & set(suffixes):
+        return _json_rows(file, config)
+    if {".csv", ".tsv"} & set(suffixes):
+        return _table_rows(file, config, "\t" if ".tsv" in suffixes else ",")
+    return _line_rows(file)
+
+
+def _json_rows(file: Path, config: DataConfig) -> Iterator[tuple[str, str, str]]:
+    with open_content(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                where = f"{file}:{number}"
+                row = json_object(line, where)
+                label = row.get(config.label)
+                if config.label not in row or isinstance(label, dict | list | None):
+                    raise DataError(
+                        f"{where}: no label under {config.label!r} (data.label), has "
+                        f"{', '.join(map(repr, row))}" + near(config.label, row)
+                    )
+                yield where, str(label), text_of(row, config.field, where)
+
+
+def _table_rows(file: Path, config: DataConfig, delimiter: str) -> Iterator[tuple[str, str, str]]:
+    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
+    try:
+        with open_content(file) as stream:
+            reader = csv.reader(
+                io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter
+            )
+            yield from _columns(reader, file, (config.label, config.field))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _columns(reader: Any, file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Reader is a csv.reader, whose type has no public name."""
+    try:
+        header: list[str] = next(reader, [])
+        for key, name in zip(("data.label", "data.field"), names, strict=True):
+            if name not in header:
+                raise DataError(
+                    f"{file}:1: no column {name!r} ({key}), has {', '.join(map(repr, header))}"
+                    + near(name, header)
+                )
+        at = [header.index(name) for name in names]
+        for row in reader:
+            where = f"{file}:{reader.line_num}"
+            if row and len(row) <= max(at):
+                raise DataError(f"{where}: {len(row)} columns, want at least {max(at) + 1}")
+            if row:
+                yield where, row[at[0]], row[at[1]]
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: {error.reason} after line {reader.line_num}, want UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num}: not CSV ({error})") from error
+
+
+def _line_rows(file: Path) -> Iterator[tuple[str, str, str]]:
+    """`LABEL the text`, one document a line."""
+    with open_content(file) as stream:
+        for number, line in enumerate(stream, 1):
+            where = f"{file}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: {error.reason}, want UTF-8") from error
+            if text:
+                label, _, rest = text.partition(" ")
+                yield where, label, rest.strip()
