@@ -48,8 +48,8 @@ class Cost:
     """The parts of a model, and sums over them.
 
     Attributes:
-        tokens_per_step: trained on in one optimizer step, all ranks together; labelled documents may
-            be shorter than data.seq_len, then it is a bound.
+        tokens_per_step: trained on in one optimizer step, all ranks together; a bound for
+            labelled documents, which may be shorter than data.seq_len.
         equal_width: hidden width of a dense SwiGLU of the same FLOPs as an MoE layer; 0: no MoE.
         bytes_per_rank: weights, gradients and optimizer state on the fullest rank.
     """

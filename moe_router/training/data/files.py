@@ -38,12 +38,13 @@ def near(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def expand(path: str, suffixes: tuple[str, ...]) -> list[Path]:
+def expand(path: str, suffixes: tuple[str, ...], key: str = "data.path") -> list[Path]:
     """The files a `data.path` names, sorted.
 
     Args:
         path: a file, a folder (searched in depth for `suffixes`, hidden names left out) or a glob.
         suffixes: endings such as ".txt", looked at after a compression suffix is taken off.
+        key: of the config that holds the path, named in errors.
 
     Raises:
         DataError: nothing is there.
@@ -54,17 +55,16 @@ def expand(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     if root.is_dir():
         found = sorted(p for p in root.rglob("*") if p.is_file() and _wanted(p, root, suffixes))
         if not found:
-            raise DataError(f"data.path={path}: no file ends in {', '.join(suffixes)} in there")
+            raise DataError(f"{key}={path}: no file ends in {', '.join(suffixes)} in there")
         return found
     if _WILD & set(path):
         found = sorted(p for p in map(Path, glob.glob(str(root), recursive=True)) if p.is_file())
         if not found:
-            raise DataError(f"data.path={path}: no file matches, want at least one")
+            raise DataError(f"{key}={path}: no file matches, want at least one")
         return found
     siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
     raise DataError(
-        f"data.path={path}: no such file, want a file, a folder or a glob"
-        + near(root.name, siblings)
+        f"{key}={path}: no such file, want a file, a folder or a glob" + near(root.name, siblings)
     )
 
 
