@@ -145,14 +145,14 @@ def _some(documents: Documents, index_N: NDArray[np.int64]) -> Documents:
 def _read(path: str, key: str, config: DataConfig, tokenizer: Tokenizer) -> Documents:
     parts, labels = [], []
     known = {name: i for i, name in enumerate(config.labels)}
-    for file in expand(path, _SUFFIXES):
+    for file in expand(path, _SUFFIXES, key):
         for where, label, text in _rows(file, config):
             if label not in known:
                 raise DataError(
                     f"{where}: label {label!r}, want one of data.labels: {', '.join(known)}"
                     + near(label, known)
                 )
-            ids = [tokenizer.document_id, *tokenizer.encode(text)]
+            ids = [tokenizer.document_id, *_encode(text, tokenizer, where)]
             if len(ids) == 1:
                 raise DataError(f"{where}: an empty text, want at least one token; leave it out")
             parts.append(np.array(ids[: config.seq_len], np.int32))
@@ -161,6 +161,13 @@ def _read(path: str, key: str, config: DataConfig, tokenizer: Tokenizer) -> Docu
         raise DataError(f"{key}={path}: is empty, want labelled text in it")
     offsets = np.array([0, *accumulate(map(len, parts))], np.int64)
     return Documents(np.concatenate(parts), offsets, np.array(labels, np.int64))
+
+
+def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair
+        raise DataError(f"{where}: {error.reason}, want text that UTF-8 can hold") from error
 
 
 def _rows(file: Path, config: DataConfig) -> Iterator[tuple[str, str, str]]:

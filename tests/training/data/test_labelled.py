@@ -1,9 +1,8 @@
-"""Labelled documents: what is read, what is refused, and that a batch is a function of its place."""
+"""Labelled documents: what is read, what is refused, and which of them a batch holds."""
 
 import gzip
 import itertools
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -247,7 +246,7 @@ def test_held_out_documents_are_read_once_over_all_ranks(tmp_path, rows, ranks):
 
 
 def test_fewer_held_out_documents_than_ranks_are_refused(tmp_path):
-    with pytest.raises(DataError, match="2 held-out documents .* want at least 3"):
+    with pytest.raises(DataError, match=r"2 held-out documents .* want at least 3"):
         next(val_batches(dataset(tmp_path), rows=2, batch=4, rank=0, ranks=3))
 
 
