@@ -37,11 +37,12 @@ def evaluate_step(step_dir: Path, overrides: Sequence[str], device: str) -> Eval
 def _changed(config: Config, overrides: Sequence[str], step_dir: Path) -> Config:
     source = f"{step_dir}/state.json"
     changed = config_from_dict(override(config_to_dict(config), overrides, source), source)
-    fixed = changed.model == config.model and changed.data.tokenizer == config.data.tokenizer
-    if not fixed:
+    same_text = changed.data.tokenizer == config.data.tokenizer
+    # labels in another order would count right answers as wrong
+    if changed.model != config.model or not same_text or changed.data.labels != config.data.labels:
         raise ConfigError(
-            f"{source}: --set {' '.join(overrides)}: the model and its tokenizer are those of the "
-            "checkpoint; change data and train alone, or train another model"
+            f"{source}: --set {' '.join(overrides)}: the model, its tokenizer and data.labels are "
+            "those of the checkpoint; change other keys of data and train, or train another model"
         )
     return changed
 

@@ -165,9 +165,10 @@ def _read(path: str, key: str, config: DataConfig, tokenizer: Tokenizer) -> Docu
 
 def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
     try:
-        return tokenizer.encode(text)
-    except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair
+        text.encode("utf-8")  # JSON can name half of a surrogate pair
+    except UnicodeEncodeError as error:
         raise DataError(f"{where}: {error.reason}, want text that UTF-8 can hold") from error
+    return tokenizer.encode(text)
 
 
 def _rows(file: Path, config: DataConfig) -> Iterator[tuple[str, str, str]]:
