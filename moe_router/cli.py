@@ -146,6 +146,22 @@ def cost(
 
 
 @app.command()
+def tokenizer(
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+    output: Annotated[Path, typer.Option(help="the file to write, for data.tokenizer")],
+    vocab: Annotated[int, typer.Option(help="ids to make: bytes, merges, separator")] = 4000,
+    set_: Set = None,
+) -> None:
+    """Make a tokenizer.json (byte-level BPE) of the texts that a config trains on."""
+    with one_line_errors():
+        from moe_router.config_file import load_config
+        from moe_router.training.data import make_tokenizer
+
+        made = make_tokenizer(load_config(config, set_ or ()).data, vocab, output)
+        typer.echo(f"{output}: {made:,} ids; train with --set data.tokenizer={output}")
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """What this machine has and lacks, each with the fix. Exit code 1 if training cannot start."""
     from moe_router.doctor import examine

@@ -4,6 +4,7 @@ from moe_router.training.data.batches import Batch
 from moe_router.training.data.dataset import Dataset
 from moe_router.training.data.labelled import LabelledDataset
 from moe_router.training.data.load import AnyDataset, load_dataset, train_batch, val_batches
+from moe_router.training.data.new_tokenizer import make_tokenizer
 from moe_router.training.data.permutation import permute
 from moe_router.training.data.shards import write_shard
 from moe_router.training.data.stream import Segments, TokenStream
@@ -26,6 +27,7 @@ __all__ = [
     "Tokenizer",
     "load_dataset",
     "load_tokenizer",
+    "make_tokenizer",
     "permute",
     "train_batch",
     "val_batches",

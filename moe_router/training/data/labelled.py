@@ -80,6 +80,14 @@ def load_labelled(config: DataConfig) -> LabelledDataset:
     return LabelledDataset(kept, held, tokenizer, config.labels)
 
 
+def texts_of(config: DataConfig) -> Iterator[str]:
+    """The texts of data.path, without their labels. Raises DataError."""
+    assert config.path is not None
+    for file in expand(config.path, _SUFFIXES):
+        for _, _, text in _rows(file, config):
+            yield text
+
+
 def labelled_batch(
     dataset: LabelledDataset,
     *,
