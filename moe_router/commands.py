@@ -41,8 +41,9 @@ def _changed(config: Config, overrides: Sequence[str], step_dir: Path) -> Config
     # labels in another order would count right answers as wrong
     if changed.model != config.model or not same_text or changed.data.labels != config.data.labels:
         raise ConfigError(
-            f"{source}: --set {' '.join(overrides)}: the model, its tokenizer and data.labels are "
-            "those of the checkpoint; change other keys of data and train, or train another model"
+            f"{source}: --set {' '.join(overrides)}: the model and its tokenizer are those of the "
+            "checkpoint, and so are data.labels; change the rest of data and train alone, or train "
+            "another model"
         )
     return changed
 

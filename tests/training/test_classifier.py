@@ -28,8 +28,8 @@ VARIANTS = {
     "dense": {"moe": None},
     "prune": {"moe": None, "routing": PRUNE},
     "prune_experts": {"routing": PRUNE | {"keep": 0.7}},
-    # not the first block: it sees bare embeddings, where equal tokens tie and rounding decides
-    "skip": {"moe": None, "routing": {"kind": "skip", "every": 1, "first": 1}},
+    # by position: of two neighbours that are the same byte, rounding would decide who is kept
+    "skip": {"moe": None, "routing": {"kind": "skip", "router": "position"}},
     "halt": {"moe": None, "routing": {"kind": "halt", "start": -1.0, "every": 1, "first": 0}},
 }
 
@@ -69,26 +69,31 @@ def config_of(texts, name="dense", data=None, **train):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_ranks_follow_the_curve_of_one(texts, name, accumulation):
     config = config_of(texts, name, accumulation=accumulation)
-    records, held_out, state = work.curve(0, 1, config, STEPS)
-    parts = run_ranks(2, work.curve, config, STEPS)
-    for ours, ours_held_out, _ in parts:
+    records, held_out, _ = work.curve(0, 1, config, STEPS)
+    for ours, ours_held_out, _ in run_ranks(2, work.curve, config, STEPS):
         assert_same_curve(ours, records)
         assert ours_held_out.loss == pytest.approx(held_out.loss, rel=1e-5)
         assert ours_held_out.accuracy == held_out.accuracy
         assert ours_held_out.matthews == pytest.approx(held_out.matthews)
         assert ours_held_out.tokens == held_out.tokens
-    whole = {n: t for *_, part in parts for n, t in part.items()}
+
+
+@pytest.mark.parametrize("dense", ["replicated", "fsdp"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_have_the_gradient_of_one(texts, name, dense):
+    """Adam's first mean is a tenth of it. Weights are not compared: the queries' gradients start
+    at 1e-8, and Adam makes whole steps of their rounding."""
+    config = config_of(texts, name, dense=dense)
+    *_, state = work.curve(0, 1, config, 1)
+    parts = [part for *_, part in run_ranks(2, work.curve, config, 1)]
+    whole = {n: t for part in parts for n, t in part.items()}
     assert whole.keys() == state.keys()
-    for tensor_name, tensor in state.items():
-        torch.testing.assert_close(whole[tensor_name], tensor, rtol=2e-3, atol=2e-5)
-
-
-def test_dense_parameters_under_fsdp_follow_the_curve_of_replicated_ones(texts):
-    parts = run_ranks(2, work.curve, config_of(texts, "prune", dense="fsdp"), STEPS)
-    records, _, state = work.curve(0, 1, config_of(texts, "prune"), STEPS)
-    assert_same_curve(parts[0][0], records)
-    for name, tensor in parts[0][2].items():
-        torch.testing.assert_close(tensor, state[name], rtol=2e-3, atol=2e-5)
+    means = [n for n in state if n.startswith("optimizer/exp_avg/")]
+    assert max(state[n].abs().max() for n in means) > 1e-3
+    for n in means:
+        torch.testing.assert_close(
+            whole[n], state[n], rtol=1e-4, atol=2e-8, msg=lambda why, n=n: f"{n}: {why}"
+        )
 
 
 def test_accumulation_is_the_same_step_in_less_memory(texts):
