@@ -14,10 +14,10 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 def test_the_page_has_its_examples() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["text", "shards", "resume"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["text", "labelled", "shards", "resume"])
 def test_an_example_runs(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -26,6 +26,8 @@ def test_an_example_runs(
     printed = capsys.readouterr().out
     if "notes" in example:
         assert "On wednesday the router" in printed
+    if "reviews.csv" in example:
+        assert printed.startswith("36 4 [")
     if "shards" in example:
         (shown,) = re.findall(r"```json\n(.*?)```", PAGE, re.S)
         assert json.loads((tmp_path / "shards/0000.bin.json").read_text()) == json.loads(shown)
