@@ -28,7 +28,8 @@ def attend_packed(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing)
         (T, H, C) of q's dtype.
     """
     if packing.tokens == 0:
-        return q_THC
+        # nothing, but keys and values take part: FSDP2 wants the same gradients on every rank
+        return q_THC + k_TJC.sum() + v_TJC.sum()
     if q_THC.is_cuda and q_THC.dtype in HALF and q_THC.size(-1) % 8 == 0:
         return _flash(packing.causal)(q_THC, k_TJC, v_TJC, packing)
     sizes = [piece.tokens for piece in packing.pieces]
