@@ -64,6 +64,7 @@ def _parts(run_dir: Path, config: Mapping[str, Any], summary: Mapping[str, Any])
         "load": series.load_maps(iter_rows(run_dir / "load.csv")),
         "moe_layers": _moe_layers(config),
         "byte_tokens": _at(config, "data", "tokenizer") == "bytes",
+        "labels": _at(config, "model", "kind") == "encoder",
         "sample": sample,
     }
     return {
@@ -97,17 +98,25 @@ def _charts(metrics: series.Rows) -> dict[str, Any]:
     }
 
 
-def _evals(evals: series.Rows) -> dict[str, list[float]]:
-    names = ("step", "loss", "bits_per_byte", "unigram_bits_per_byte")
-    found = [v for row in evals if (v := series.numbers(row, *names)) is not None]
+def _evals(evals: series.Rows) -> dict[str, list[Any]]:
+    """Held-out loss in bits, and in words what it comes to: bits per byte, or labels right."""
+    found = [(v, row) for row in evals if (v := series.numbers(row, "step", "loss")) is not None]
     thin = found[:: max(1, len(found) // series.POINTS)]
-    kept = thin if not found or thin[-1] == found[-1] else [*thin, found[-1]]
+    kept = thin if not found or thin[-1] is found[-1] else [*thin, found[-1]]
+    unigrams = [series.numbers(row, "unigram_bits_per_byte") for _, row in kept]
     return {
-        "x": [v[0] for v in kept],
-        "y": [v[1] * _NATS_TO_BITS for v in kept],
-        "bits_per_byte": [v[2] for v in kept],
-        "unigram": [v[3] for v in kept],
+        "x": [v[0] for v, _ in kept],
+        "y": [v[1] * _NATS_TO_BITS for v, _ in kept],
+        "notes": [_measured(row) for _, row in kept],
+        "unigram": [v[0] for v in unigrams if v is not None],
     }
+
+
+def _measured(row: Mapping[str, str]) -> str:
+    if (accuracy := series.numbers(row, "accuracy")) is not None:
+        return f"{accuracy[0]:.1%} of the labels right"
+    bits = series.numbers(row, "bits_per_byte")
+    return f"{bits[0]:.3f} bits per byte" if bits is not None else "loss alone"
 
 
 def _moe_layers(config: Mapping[str, Any]) -> list[int]:
@@ -131,7 +140,10 @@ def _lead(config: Mapping[str, Any]) -> str:
     actors = _at(config, "cluster", "actors") or 1
     on = f"{actors} actors" if actors != 1 else "one actor"
     source = _at(config, "data", "source") or "text"
-    return f"A language model of {layers} layers, width {dim}, {kind}, trained on {source} by {on}."
+    what, data = "language model", source
+    if _at(config, "model", "kind") == "encoder":
+        what, data = "text classifier", "labelled text"
+    return f"A {what} of {layers} layers, width {dim}, {kind}, trained on {data} by {on}."
 
 
 def _experts(moe: Mapping[str, Any]) -> str:

@@ -42,6 +42,20 @@ def test_text_cannot_become_markup(make_run):
     assert "<script>alert(1)" not in page and "<b onmouseover" not in page
 
 
+def test_a_classifier_shows_how_many_labels_are_right(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "{model: {kind: encoder, layers: 2, dim: 8}, data: {source: labelled, tokenizer: bytes}}"
+    )
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.7\n2,0.6\n")
+    (tmp_path / "eval.csv").write_text("step,loss,tokens,accuracy,matthews\n2,0.5,9,0.75,0.5\n")
+    page = write_report(tmp_path).read_text()
+    (island,) = re.findall(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, re.S)
+    shown = json.loads(island)
+    assert shown["labels"] and shown["eval"]["notes"] == ["75.0% of the labels right"]
+    assert shown["eval"]["x"] == [2] and shown["eval"]["unigram"] == []
+    assert "A text classifier of 2 layers" in page
+
+
 def test_an_empty_folder_is_no_run(tmp_path):
     with pytest.raises(DataError, match=re.escape(str(tmp_path))):
         write_report(tmp_path)

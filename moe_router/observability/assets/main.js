@@ -15,12 +15,13 @@ function lossChart() {
     byId("loss").append(make("p", { className: "hint", textContent: "No step was logged yet." }));
     return;
   }
-  const unigram = data.byte_tokens && evals.x.length ? evals.unigram.at(-1) : null;
+  const unigram = data.byte_tokens && evals.unigram.length ? evals.unigram.at(-1) : null;
+  const unit = data.labels ? "document" : data.byte_tokens ? "byte token" : "token";
   chart(byId("loss"), {
-    title: data.byte_tokens ? "Loss, bits per byte token" : "Loss, bits per token",
+    title: `Loss, bits per ${unit}`,
     height: 320,
     curves: [{ name: "training", color: "--c1", data: charts.loss, smooth: true }],
-    points: evals.x.length ? { name: "held out", color: "--c2", x: evals.x, y: evals.y, notes: evals.y.map((y, i) => `held out: ${fixed(y)} (${fixed(evals.bits_per_byte[i])} bits per byte)`) } : undefined,
+    points: evals.x.length ? { name: "held out", color: "--c2", x: evals.x, y: evals.y, notes: evals.y.map((y, i) => `held out: ${fixed(y)} (${evals.notes[i]})`) } : undefined,
     marks,
     level: unigram ? { y: unigram, name: `unigram entropy ${unigram.toFixed(2)}` } : undefined,
   });
