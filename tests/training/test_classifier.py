@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from moe_router.cli import app
 from moe_router.config_file import config_from_dict
 from moe_router.errors import ConfigError
-from moe_router.training.data import load_dataset, train_batch, val_batches
+from moe_router.training.data import train_batch, val_batches
 from moe_router.training.evaluate import matthews
 from moe_router.training.loop import Trainer
 from tests.gloo import run_ranks
@@ -248,8 +248,3 @@ def test_a_model_and_its_data_go_together(texts, data, model, message):
             }
         )
     assert "\n" not in str(caught.value)
-
-
-def test_the_same_config_gives_the_same_dataset(texts):
-    one, two = (load_dataset(config_of(texts).data) for _ in range(2))
-    assert (one.train.ids == two.train.ids).all() and (one.val.ids == two.val.ids).all()
