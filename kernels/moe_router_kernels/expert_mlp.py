@@ -68,8 +68,8 @@ class _ExpertMLP(torch.autograd.Function):
             grad_weight = torch.where(row_TK < 0, 0.0, dot_TK).to(weight_TK.dtype)
         if ctx.needs_input_grad[2]:
             grad_gate_up = grouped.group_weights(
-                x_TD, grad_pre, offsets_G1, src_R=src_R, gather="a", transposed=True, dtype=ctx.dtypes[0],
-                tile=pick("gate_up_weights", problem),
+                x_TD, grad_pre, offsets_G1, src_R=src_R, gather="a", transposed=True,
+                dtype=ctx.dtypes[0], tile=pick("gate_up_weights", problem),
             )  # fmt: skip
         if ctx.needs_input_grad[3]:
             grad_down = grouped.group_weights(

@@ -2,9 +2,10 @@
 
 Three or four launches, no sort, no host synchronisation, no atomics:
 
-    gate    a block of tokens: scores, top-k, weights, and how often the block chose each group
-    scan    a block of groups: where each token block's rows begin inside the group
-    place   a block of tokens: the row of each choice, both directions of the index
+    gate    a block of tokens: scores, top-k, weights, how often the block chose each group, and
+            how many tokens of the block stand before each choice in its group
+    scan    a group: where each token block's rows begin inside it, and its total
+    place   a block of choices: their rows, both directions of the index
     move    a tile of hidden states, read once, written to the K rows of each token
 
 Not covered: group-limited choice, expert choice, capacity (the reference does them).
@@ -22,10 +23,12 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
     bias_ptr,
     target_ptr,
     weight_ptr,
-    load_ptr,
+    rank_ptr,
+    load_ptr,  # (G, blocks)
     T,
     G,
     E,
+    blocks,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -56,100 +59,90 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
     ranked = tl.where((group < G)[None, :], ranked, float("-inf"))
 
     slot = tl.arange(0, K_PAD)
-    targets = tl.full((BLOCK_T, K_PAD), -1, tl.int32)
+    raw = tl.zeros((BLOCK_T, K_PAD), tl.int32)
     weights = tl.zeros((BLOCK_T, K_PAD), tl.float32)
-    load = tl.zeros((G_PAD,), tl.int32)
+    chosen = tl.zeros((BLOCK_T, G_PAD), tl.int32)
     for k in tl.static_range(K):
-        best = tl.argmax(ranked, 1)
+        value, best = tl.max(ranked, 1, return_indices=True)
         here = group[None, :] == best[:, None]
-        weight = tl.sum(tl.where(here, score, 0.0), 1)
         ranked = tl.where(here, float("-inf"), ranked)
-        real = best < E  # the groups past E are null experts: no row, no weight
-        targets = tl.where((slot == k)[None, :], tl.where(real, best, -1)[:, None], targets)
-        weights = tl.where((slot == k)[None, :], tl.where(real, weight, 0.0)[:, None], weights)
-        load += tl.sum((here & live[:, None]).to(tl.int32), 0)
+        raw = tl.where((slot == k)[None, :], best[:, None], raw)
+        weights = tl.where((slot == k)[None, :], value[:, None], weights)
+        chosen += (here & live[:, None]).to(tl.int32)
+    keep = live[:, None] & (slot < K)[None, :]
+    if BIASED:
+        weights = tl.gather(score, raw, 1)
+    real = keep & (raw < E)  # the groups past E are null experts: no row, no weight
+    weights = tl.where(real, weights, 0.0)
     if RENORMALISE:
         weights = weights / tl.maximum(tl.sum(weights, 1), 1e-20)[:, None]
+    # a token chooses a group at most once, so its rank in the group counts earlier tokens
+    rank = tl.gather(tl.cumsum(chosen, 0) - chosen, raw, 1)
     out = token.to(tl.int64)[:, None] * K + slot[None, :]
-    keep = live[:, None] & (slot < K)[None, :]
-    tl.store(target_ptr + out, targets, mask=keep)
+    tl.store(target_ptr + out, tl.where(real, raw, -1), mask=keep)
     tl.store(weight_ptr + out, weights, mask=keep)
-    tl.store(load_ptr + block.to(tl.int64) * G + group, load, mask=group < G)
+    tl.store(rank_ptr + out, rank, mask=keep)
+    load_at = group.to(tl.int64) * blocks + block
+    tl.store(load_ptr + load_at, tl.sum(chosen, 0), mask=group < G)
 
 
 @triton.jit
 def _scan_kernel(  # type: ignore[no-untyped-def]
-    load_ptr, before_ptr, total_ptr, blocks, G, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
+    load_ptr, before_ptr, total_ptr, blocks, BLOCK_N: tl.constexpr
 ):
-    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    running = tl.zeros((BLOCK_G,), tl.int32)
+    group = tl.program_id(0)
+    running = tl.zeros((), tl.int32)
     for first in range(0, blocks, BLOCK_N):
         block = first + tl.arange(0, BLOCK_N)
-        inside = (block < blocks)[:, None] & (group < G)[None, :]
-        at = block.to(tl.int64)[:, None] * G + group[None, :]
-        load = tl.load(load_ptr + at, mask=inside, other=0)
-        before = running[None, :] + tl.cumsum(load, 0) - load
-        tl.store(before_ptr + at, before, mask=inside)
+        at = group.to(tl.int64) * blocks + block
+        load = tl.load(load_ptr + at, mask=block < blocks, other=0)
+        tl.store(before_ptr + at, running + tl.cumsum(load, 0) - load, mask=block < blocks)
         running += tl.sum(load, 0)
-    tl.store(total_ptr + group, running, mask=group < G)
+    tl.store(total_ptr + group, running)
 
 
 @triton.jit
 def _place_kernel(  # type: ignore[no-untyped-def]
     target_ptr,
+    rank_ptr,
     before_ptr,
     total_ptr,
     src_ptr,
     choice_ptr,
     offsets_ptr,
     row_ptr,
-    T,
+    R,
     E,
-    G,
+    blocks,
     K: tl.constexpr,
-    K_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    token = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    slot = tl.arange(0, K_PAD)
     group = tl.arange(0, E_PAD)
-    keep = (token < T)[:, None] & (slot < K)[None, :]
-    choice = token[:, None] * K + slot[None, :]
-    target = tl.load(target_ptr + choice.to(tl.int64), mask=keep, other=-1)
-
     total = tl.load(total_ptr + group, mask=group < E, other=0)
     end = tl.cumsum(total, 0)
-    first = end - total
-    if block == 0:
+    if tl.program_id(0) == 0:
         tl.store(offsets_ptr + group + 1, end, mask=group < E)
         tl.store(offsets_ptr + group, tl.zeros((E_PAD,), tl.int32), mask=group == 0)
-    start = first + tl.load(before_ptr + block.to(tl.int64) * G + group, mask=group < E, other=0)
-
-    # a token chooses a group at most once, so its rank in the group counts earlier tokens
-    chosen = tl.zeros((BLOCK_T, E_PAD), tl.int32)
-    for k in tl.static_range(K):
-        mine = tl.sum(tl.where((slot == k)[None, :], target, 0), 1)
-        chosen += (group[None, :] == mine[:, None]).to(tl.int32)
-    place = start[None, :] + tl.cumsum(chosen, 0) - chosen
-
-    for k in tl.static_range(K):
-        mine = tl.sum(tl.where((slot == k)[None, :], target, 0), 1)
-        here = group[None, :] == mine[:, None]
-        row = tl.sum(tl.where(here, place, 0), 1)
-        real = (token < T) & (mine >= 0)
-        flat = token.to(tl.int64) * K + k
-        tl.store(row_ptr + flat, tl.where(real, row, -1), mask=token < T)
-        tl.store(src_ptr + row, token, mask=real)
-        tl.store(choice_ptr + row, flat.to(tl.int32), mask=real)
-
+    choice = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = choice < R
+    target = tl.load(target_ptr + choice, mask=live, other=-1)
+    rank = tl.load(rank_ptr + choice, mask=live, other=0)
+    real = target >= 0
+    mine = tl.where(real, target, 0)
+    token = choice // K
+    before_at = mine.to(tl.int64) * blocks + token // BLOCK_T
+    before = tl.load(before_ptr + before_at, mask=real, other=0)
+    row = tl.gather(end - total, mine, 0) + before + rank
+    tl.store(row_ptr + choice, tl.where(real, row, -1), mask=live)
+    tl.store(src_ptr + row, token, mask=real)
+    tl.store(choice_ptr + row, choice, mask=real)
     # rows past the end, if choices are missing
-    used = tl.sum(total, 0)
-    past = (block * BLOCK_T + tl.arange(0, BLOCK_T))[:, None] * K + slot[None, :]
-    unused = keep & (past >= used)
-    tl.store(src_ptr + past.to(tl.int64), tl.full((BLOCK_T, K_PAD), -1, tl.int32), mask=unused)
-    tl.store(choice_ptr + past.to(tl.int64), tl.full((BLOCK_T, K_PAD), -1, tl.int32), mask=unused)
+    unused = live & (choice >= tl.sum(total, 0))
+    none = tl.full((BLOCK_R,), -1, tl.int32)
+    tl.store(src_ptr + choice, none, mask=unused)
+    tl.store(choice_ptr + choice, none, mask=unused)
 
 
 @triton.jit
@@ -201,26 +194,27 @@ def gate_and_plan(
     """
     T, G = logits_TG.shape
     R, device = T * k, logits_TG.device
-    # 16 elements a thread: larger tiles spill (T x 128 groups, top-8, sm_90)
-    block_t = max(1, min(32, 2048 // triton.next_power_of_2(G)))
+    # few tokens a block while there are too few blocks to fill a GPU, and no tile that spills
+    block_t = max(1, min(16 if T > 4096 else 8, 2048 // triton.next_power_of_2(G)))
     blocks = triton.cdiv(T, block_t)
-    place_blocks = max(blocks, 1)  # without tokens, someone must still write the offsets
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     out = {"target_TK": ints(T, k), "weight_TK": torch.empty(T, k, device=device)}
-    load_NG, before_NG, load_G = ints(blocks, G), ints(place_blocks, G), ints(G)
+    rank_TK, load_GN, before_GN, load_G = ints(T, k), ints(G, blocks), ints(G, blocks), ints(G)
     if T:
         _gate_kernel[(blocks,)](
             logits_TG,
             logits_TG if bias_E is None else bias_E,
             out["target_TK"],
             out["weight_TK"],
-            load_NG,
+            rank_TK,
+            load_GN,
             T,
             G,
             experts,
+            blocks,
             K=k,
             K_PAD=triton.next_power_of_2(k),
             G_PAD=triton.next_power_of_2(G),
@@ -229,8 +223,8 @@ def gate_and_plan(
             BIASED=bias_E is not None,
             RENORMALISE=renormalise,
         )
-    _scan_kernel[(triton.cdiv(G, 8),)](
-        load_NG, before_NG, load_G, blocks, G, BLOCK_N=128, BLOCK_G=8
+    _scan_kernel[(G,)](
+        load_GN, before_GN, load_G, blocks, BLOCK_N=min(2048, triton.next_power_of_2(blocks or 1))
     )
     plan = {
         "src_R": ints(R),
@@ -238,21 +232,23 @@ def gate_and_plan(
         "offsets_G1": ints(experts + 1),
         "row_TK": ints(T, k),
     }
-    _place_kernel[(place_blocks,)](
+    # without tokens, someone must still write the offsets
+    _place_kernel[(max(1, triton.cdiv(R, 1024)),)](
         out["target_TK"],
-        before_NG,
+        rank_TK,
+        before_GN,
         load_G,
         plan["src_R"],
         plan["choice_R"],
         plan["offsets_G1"],
         plan["row_TK"],
-        T,
+        R,
         experts,
-        G,
+        blocks,
         K=k,
-        K_PAD=triton.next_power_of_2(k),
         E_PAD=triton.next_power_of_2(experts),
         BLOCK_T=block_t,
+        BLOCK_R=1024,
     )
     out |= plan | {"load_G": load_G}
     return out if x_TD is None else out | {"rows_RD": _move(x_TD, plan["row_TK"])}
