@@ -64,7 +64,7 @@ def layer(layer: Layer, train: bool) -> Call:
 
 PEER = Peer(
     "triton_kernels",
-    "triton_kernels",
+    "vllm",
     layer,
     backward="inference only",
     route=route,
