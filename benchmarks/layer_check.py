@@ -7,7 +7,7 @@ from torch import Tensor
 from benchmarks.peers.base import Call, Layer
 
 TOKENS = 8
-BOUND = 1.5e-2  # bf16 keeps 8 bits; the sums are fp32
+BOUND = 2e-2  # bf16 keeps 8 bits, and some peers weigh in bf16; the sums are fp32
 
 
 def make_layer(

@@ -1,4 +1,7 @@
-"""SonicMoE: top-k and metadata in Triton, GEMMs in CuTe DSL."""
+"""SonicMoE: metadata in Triton, top-k and GEMMs in CuTe DSL.
+
+Its forward pass is the one of training, which keeps the pre-activations; so does ours.
+"""
 
 import importlib
 
@@ -29,7 +32,7 @@ def layer(layer: Layer, train: bool) -> Call:
     def run() -> Tensor:
         act, pre = functional._UpProjection.apply(
             x_TD, gate_up.permute(1, 2, 0), None, offsets, T * K, K, gather, scatter, reverse,
-            None, False, SWIGLU, not train, False,
+            None, False, SWIGLU, False, False,
         )  # fmt: skip
         out: Tensor = functional._DownProjection.apply(
             act, pre, down.permute(1, 2, 0), None, weight_TK, offsets, T, K, gather, scatter,
