@@ -21,14 +21,33 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def limits_groups(groups: int, experts: int, expert_groups: int) -> bool:
+    """Whether the fused gate limits the choice to groups of neighbouring experts: it reshapes.
+
+    Args:
+        groups: G, null experts included.
+    """
+    whole = groups == experts and experts & (experts - 1) == 0
+    even = expert_groups & (expert_groups - 1) == 0 and experts // expert_groups >= 2
+    return expert_groups == 1 or (whole and even)
+
+
 def gate_and_plan(
-    logits_TG: Tensor, k: int, *, experts: int, score: str, bias_E: Tensor | None
+    logits_TG: Tensor,
+    k: int,
+    *,
+    experts: int,
+    score: str,
+    bias_E: Tensor | None,
+    expert_groups: int = 1,
+    top_groups: int = 1,
 ) -> dict[str, Tensor]:
     """`fused.gate_and_plan`.
 
     Args:
         logits_TG: (T, G) fp32 on a device for which `runs_triton` holds.
         bias_E: (experts,) fp32 or None.
+        expert_groups, top_groups: where `limits_groups` holds.
 
     Returns:
         target_TK int32 (-1 for a null choice), load_G int32, and a dropless Plan over the experts:
@@ -37,7 +56,13 @@ def gate_and_plan(
     from moe_router_kernels import fused
 
     return fused.gate_and_plan(
-        logits_TG.detach().contiguous(), k, experts=experts, score=score, bias_E=bias_E
+        logits_TG.detach().contiguous(),
+        k,
+        experts=experts,
+        score=score,
+        bias_E=bias_E,
+        expert_groups=expert_groups,
+        top_groups=top_groups,
     )
 
 

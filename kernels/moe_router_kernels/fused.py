@@ -8,13 +8,38 @@ Three or four launches, no sort, no host synchronisation, no atomics:
     place   a block of choices: their rows, both directions of the index
     move    a tile of hidden states, read once, written to the K rows of each token
 
-Not covered: group-limited choice, expert choice, capacity (the reference does them).
+Not covered: expert choice, capacity, and group-limited choice over numbers that are no powers of
+two (the reference does them).
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def _limit_groups(  # type: ignore[no-untyped-def]
+    ranked,
+    BLOCK_T: tl.constexpr,
+    G_PAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+):
+    """-inf outside each token's best groups; a group is worth its two best experts."""
+    size: tl.constexpr = G_PAD // GROUPS
+    grouped = ranked.reshape(BLOCK_T, GROUPS, size)
+    first, at = tl.max(grouped, 2, return_indices=True)
+    others = tl.where(tl.arange(0, size)[None, None, :] == at[:, :, None], float("-inf"), grouped)
+    worth = first + tl.max(others, 2)
+    kept = tl.zeros((BLOCK_T, GROUPS), tl.int32)
+    for _ in tl.static_range(TOP_GROUPS):
+        best = tl.argmax(worth, 1)
+        here = tl.arange(0, GROUPS)[None, :] == best[:, None]
+        kept = tl.where(here, 1, kept)
+        worth = tl.where(here, float("-inf"), worth)
+    grouped = tl.where(kept[:, :, None] > 0, grouped, float("-inf"))
+    return grouped.reshape(BLOCK_T, G_PAD)
 
 
 @triton.jit
@@ -36,6 +61,8 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
     SOFTMAX: tl.constexpr,
     BIASED: tl.constexpr,
     RENORMALISE: tl.constexpr,
+    GROUPS: tl.constexpr,  # of neighbouring experts; 1 is no limit
+    TOP_GROUPS: tl.constexpr,
 ):
     block = tl.program_id(0)
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -57,6 +84,8 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + group, mask=group < E, other=0.0)
         ranked = score + bias[None, :]
     ranked = tl.where((group < G)[None, :], ranked, float("-inf"))
+    if GROUPS > 1:
+        ranked = _limit_groups(ranked, BLOCK_T, G_PAD, GROUPS, TOP_GROUPS)
 
     slot = tl.arange(0, K_PAD)
     raw = tl.zeros((BLOCK_T, K_PAD), tl.int32)
@@ -176,6 +205,8 @@ def gate_and_plan(
     score: str = "softmax",
     bias_E: Tensor | None = None,
     renormalise: bool = True,
+    expert_groups: int = 1,
+    top_groups: int = 1,
     x_TD: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Top-k gating, the Plan, and the routed copy of the tokens.
@@ -185,6 +216,8 @@ def gate_and_plan(
         k: choices per token.
         score: `softmax` or `sigmoid`.
         bias_E: (experts,) fp32, added for the choice alone.
+        expert_groups, top_groups: choose in the best groups of neighbouring experts; where
+            `limits_groups` holds.
         x_TD: (T, D), unit stride over D; its rows are gathered if it is given.
 
     Returns:
@@ -222,6 +255,8 @@ def gate_and_plan(
             SOFTMAX=score == "softmax",
             BIASED=bias_E is not None,
             RENORMALISE=renormalise,
+            GROUPS=expert_groups,
+            TOP_GROUPS=top_groups,
         )
     _scan_kernel[(G,)](
         load_GN, before_GN, load_G, blocks, BLOCK_N=min(2048, triton.next_power_of_2(blocks or 1))

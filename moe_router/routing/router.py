@@ -14,7 +14,7 @@ from moe_router.routing.losses import router_losses
 from moe_router.routing.score import make_score
 from moe_router.types import Choice, NoiseKey, Plan, Tokens, Total, same
 from moe_router_kernels import reference
-from moe_router_kernels.choose import gate_and_plan, runs_triton
+from moe_router_kernels.choose import gate_and_plan, limits_groups, runs_triton
 
 
 class _Decided(NamedTuple):
@@ -85,7 +85,13 @@ class Router(nn.Module):
             raw_TK = decide(score_TG, bias_E, config)
             return _Decided(raw_TK, None, None)
         out = gate_and_plan(
-            logits_TG, config.top_k, experts=config.experts, score=config.score, bias_E=bias_E
+            logits_TG,
+            config.top_k,
+            experts=config.experts,
+            score=config.score,
+            bias_E=bias_E,
+            expert_groups=config.expert_groups,
+            top_groups=config.top_groups,
         )
         plan = Plan(out["src_R"], out["choice_R"], out["offsets_G1"], out["row_TK"])
         return _Decided(out["target_TK"], out["load_G"].long(), plan)
@@ -99,7 +105,8 @@ class Router(nn.Module):
                 "TRITON_INTERPRET=1; set kernels=auto"
             )
         by_sequence = config.null_experts > 0 and config.sequence_balance_loss > 0
-        covered = config.policy == "top_k" and config.expert_groups == 1 and not by_sequence
+        limits = limits_groups(logits_TG.size(1), config.experts, config.expert_groups)
+        covered = config.policy == "top_k" and limits and not by_sequence
         return covered and runs and self._wants(logits_TG)
 
     def _wants(self, logits_TG: Tensor) -> bool:

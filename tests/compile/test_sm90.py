@@ -61,6 +61,7 @@ def spilled(*kernel):
 def test_gate(groups, k, block, biased, tmp_path):
     constants = {"K": k, "K_PAD": k, "G_PAD": groups, "BLOCK_T": block}
     constants |= {"SOFTMAX": not biased, "BIASED": biased, "RENORMALISE": True}
+    constants |= {"GROUPS": 4 if biased else 1, "TOP_GROUPS": 2}
     assert spilled(fused._gate_kernel, GATE, constants, tmp_path) <= 16
 
 

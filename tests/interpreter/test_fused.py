@@ -44,6 +44,22 @@ def test_equals_the_reference(T, E, Z, K, score, biased, renormalise):
     assert torch.equal(out["rows_RD"][:used], reference.gather(x_TD, out["src_R"])[:used])
 
 
+@pytest.mark.parametrize("E, groups, top_groups, K", [(8, 4, 2, 2), (32, 8, 4, 8), (4, 2, 1, 2)])
+def test_a_choice_limited_to_groups(E, groups, top_groups, K):
+    generator = torch.Generator().manual_seed(E)
+    logits_TE = torch.randn(33, E, generator=generator).to(DEVICE)
+    bias_E = torch.randn(E, generator=generator).to(DEVICE) * 0.1
+    limit = {"expert_groups": groups, "top_groups": top_groups}
+    out = fused.gate_and_plan(logits_TE, K, experts=E, score="sigmoid", bias_E=bias_E, **limit)
+    score_TE = reference.score(logits_TE, "sigmoid")
+    ranked_TE = reference.limit_groups(score_TE + bias_E, groups, top_groups)
+    target_TK = reference.top_k(ranked_TE, K)
+    assert torch.equal(out["target_TK"], target_TK)
+    torch.testing.assert_close(
+        out["weight_TK"], reference.choice_weights(score_TE, target_TK, True)
+    )
+
+
 def test_no_tokens():
     out = fused.gate_and_plan(torch.empty(0, 4, device=DEVICE), 2, experts=4)
     assert out["offsets_G1"].tolist() == [0] * 5 and out["src_R"].numel() == 0

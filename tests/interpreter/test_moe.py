@@ -21,6 +21,7 @@ VARIANTS = {
     "null": {"null_experts": 3, "balance_loss": 0.5},
     "sequence": {"sequence_balance_loss": 0.3},
     "capacity": {"capacity_factor": 0.7},
+    "groups": {"expert_groups": 4, "top_groups": 2, "score": "sigmoid", "bias_rate": 0.1},
     "straight_through": {"straight_through": True, "jitter": 0.3},
 }
 
@@ -74,7 +75,8 @@ def test_recomputing_takes_the_saved_decision(launches):
 
 
 def test_what_the_kernel_does_not_cover_is_left_to_the_reference(launches):
-    for variant in ({"policy": "expert_choice"}, {"expert_groups": 4, "top_groups": 2}):
+    uneven = {"expert_groups": 4, "top_groups": 2, "null_experts": 1}
+    for variant in ({"policy": "expert_choice"}, uneven):
         result(layer("triton", **variant), torch.randn(6, 16).to(DEVICE))
     assert not launches
 
