@@ -16,6 +16,7 @@ from benchmarks.results import Row
 from benchmarks.timing import Run, Timing, capture, interleave
 
 OURS = "moe_router"
+HIDDEN = "eager, launches hidden"
 STARTED = time.monotonic()
 
 
@@ -30,7 +31,6 @@ class Field:
     peers: dict[str, Peer | str]
     matmul: float = 0.0  # measured ceilings: TFLOP/s, GB/s
     copy: float = 0.0
-    pool: Any = None
     untuned: dict[str, set[str]] = field(default_factory=dict)  # peer: shapes left out
 
 
@@ -75,13 +75,13 @@ def _all(of: Field, tag: str, prepare: Callable[[Peer, Result], Run]) -> tuple[A
     return runs, results
 
 
-def _graphed(of: Field, peer: Peer, run: Run, result: Result) -> Run:
+def _graphed(peer: Peer, run: Run, result: Result) -> Run:
     """A CUDA graph of run where the peer allows one."""
     if isinstance(peer.graph, str):
         result.mode = f"eager: {peer.graph}"
         return run
     try:
-        replay = capture(run, of.pool)
+        replay = capture(run)
     except Exception as problem:  # then it is timed eagerly, and the row says so
         torch.cuda.synchronize()
         result.mode = f"eager: no graph, {why(problem)}"
@@ -117,7 +117,7 @@ def measure_route(of: Field, shape: tuple[int, int, int], width: int | None) -> 
         if peer.name == OURS and not ours.check_route(logits, K, x_TD):
             raise WrongResult("not the reference's Plan")
         eager[peer.name] = run
-        return _graphed(of, peer, run, result)
+        return _graphed(peer, run, result)
 
     tag = f"route T{T} D{width}"
     runs, results = _all(of, tag, prepare)
@@ -143,7 +143,8 @@ def _forward(of: Field, tag: str, layer: Layer, oracle: Oracle) -> dict[str, Res
             with torch.no_grad():
                 call.run()
 
-        return _graphed(of, peer, run, result)
+        result.mode = HIDDEN
+        return run
 
     return _finish(*_all(of, f"forward {tag}", prepare), rounds=20)
 
@@ -156,7 +157,7 @@ def _both(of: Field, tag: str, layer: Layer, oracle: Oracle) -> dict[str, Result
         result.error = oracle.backward(call)
         if not result.error < BOUND:
             raise WrongResult(f"error {result.error:.3g}")
-        result.saved, result.mode = saved_bytes(call), "eager"
+        result.saved, result.mode = saved_bytes(call), HIDDEN
 
         def run() -> None:
             torch.autograd.grad(call.run(), call.leaves, layer.grad_TD)
@@ -172,7 +173,6 @@ def measure_layer(of: Field, shape: tuple[int, ...], kinds: set[str]) -> dict[st
     oracle = Oracle(layer)
     tag = "/".join(map(str, shape))
     out: dict[str, Any] = {}
-    of.pool = torch.cuda.graph_pool_handle()
     if "forward" in kinds:
         out["forward"] = _forward(of, tag, layer, oracle)
     torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 Run = Callable[[], Any]
+BUSY_CYCLES = 2_000_000  # about a millisecond
 FLUSH_BYTES = 256 << 20  # five times the L2 of an H100
 
 
@@ -20,8 +21,8 @@ class Timing:
     p90: float
 
 
-def capture(run: Run, pool: Any) -> Run:
-    """The same work as one CUDA graph. Outputs are kept alive by the graph's pool."""
+def capture(run: Run) -> Run:
+    """The same work as one CUDA graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -29,7 +30,7 @@ def capture(run: Run, pool: Any) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph):
         run()
     return graph.replay
 
@@ -39,7 +40,7 @@ def interleave(runs: dict[str, Run], *, rounds: int, idle: bool = False) -> dict
 
     Args:
         idle: the GPU waits for the host before each sample, so that the time holds what the host
-            needs to launch; else the flush hides it.
+            needs to launch; else the GPU is kept busy meanwhile, which hides the launches.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -51,6 +52,8 @@ def interleave(runs: dict[str, Run], *, rounds: int, idle: bool = False) -> dict
             flush.zero_()
             if idle:
                 torch.cuda.synchronize()
+            else:
+                torch.cuda._sleep(BUSY_CYCLES)
             start.record()
             runs[name]()
             end.record()
