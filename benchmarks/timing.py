@@ -53,7 +53,7 @@ def interleave(runs: dict[str, Run], *, rounds: int, idle: bool = False) -> dict
             if idle:
                 torch.cuda.synchronize()
             else:
-                torch.cuda._sleep(BUSY_CYCLES)
+                torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
             start.record()
             runs[name]()
             end.record()
