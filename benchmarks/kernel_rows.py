@@ -143,7 +143,7 @@ def _forward(of: Field, tag: str, layer: Layer, oracle: Oracle) -> dict[str, Res
             with torch.no_grad():
                 call.run()
 
-        result.mode = HIDDEN
+        result.mode = HIDDEN + (", sorts inside" if call.sorts else "")
         return run
 
     return _finish(*_all(of, f"forward {tag}", prepare), rounds=20)
