@@ -217,6 +217,6 @@ def row(
     return {
         "name": name, "value": value, "unit": unit, "p90": mine.get("p90"),
         "mode": mine.get("mode"), "best_peer": best, "peer_value": rival, "ratio": ratio,
-        "ceiling": round(ceiling, 1), "goal": goal, "correct": value is not None,
+        "ceiling": float(f"{ceiling:.3g}"), "goal": goal, "correct": value is not None,
         "error": mine.get("error"), "reason": mine.get("reason"), "peers": table,
     }  # fmt: skip
