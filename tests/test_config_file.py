@@ -94,7 +94,7 @@ def test_overrides(file):
         ("run.record='true'", ": run.record='true': want true or false; take the quotes off: true"),
         ("run.name=5", ": run.name=5: want text; put it in quotes: '5'"),
         ("train.precision=fp16", ": train.precision='fp16': want fp32 | bf16; did you mean bf16?"),
-        ("kernels=[1]", ": kernels=[1]: want auto | reference"),
+        ("kernels=[1]", ": kernels=[1]: want auto | triton | reference"),
         ("model.moe.capacity_factor=x", ": model.moe.capacity_factor='x': want a finite number"),
         ("model.moe.top_k=5", ": model.moe.top_k=5: want 1..4 (model.moe.experts)"),
         ("serve=3", ": serve=3: want a section with prompt, max_new_tokens, temperature"),

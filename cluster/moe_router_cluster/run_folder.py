@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from moe_router.config import Config
-from moe_router.config_file import config_to_dict
+from moe_router.config_file import config_from_dict, config_to_dict
 from moe_router.errors import ConfigError
 from moe_router.observability.files import explained, write_atomic
 from moe_router.training.checkpoint_files import latest_checkpoint
@@ -61,7 +62,13 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "key: old -> new" of what makes these two different runs."""
     a, b = _flat(old), _flat(new)
     keys = [key for key in sorted(a.keys() | b.keys()) if not key.startswith(_FREE)]
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+    changed = [key for key in keys if a.get(key) != b.get(key)]
+    return [f"{key}: {_shown(a.get(key))} -> {_shown(b.get(key))}" for key in changed]
+
+
+def _shown(value: Any) -> str:
+    """As YAML writes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
 
 
 def _look(path: Path, wanted: dict[str, Any]) -> RunFolder:
@@ -73,7 +80,8 @@ def _look(path: Path, wanted: dict[str, Any]) -> RunFolder:
             f"{path}: exists, but is no run (no config.yaml); choose another run.name, or move it "
             "aside with --restart"
         )
-    changed = differing(_read(saved), wanted)
+    # through the schema: a run of before has no keys that came since, and means their defaults
+    changed = differing(config_to_dict(config_from_dict(_read(saved), str(saved))), wanted)
     if changed:
         raise ConfigError(
             f"{path}: holds a run with another config ({'; '.join(changed)}); choose another "

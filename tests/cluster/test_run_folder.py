@@ -87,4 +87,24 @@ def test_a_damaged_config_is_refused(tiny):
 def test_keys_that_came_or_went_are_differences():
     old = {"model": {"dim": 1}, "cluster": {"actors": 1}}
     new = {"model": {"dim": 1, "moe": None, "heads": 2}, "cluster": {"actors": 4}}
-    assert differing(old, new) == ["model.heads: None -> 2"]
+    assert differing(old, new) == ["model.heads: null -> 2"]
+
+
+def test_a_run_from_before_a_key_came_goes_on(tiny):
+    config = tiny()
+    with open_run(config, restart=False) as folder:
+        saved = folder.path / "config.yaml"
+    data = yaml.safe_load(saved.read_text())
+    for key in ("labels", "label", "val_path"):
+        del data["data"][key]
+    del data["model"]["routing"], data["model"]["kind"]
+    saved.write_text(yaml.safe_dump(data))
+    with open_run(config, restart=False) as folder:
+        assert not folder.finished
+    data["model"]["dim"] = 64
+    saved.write_text(yaml.safe_dump(data))
+    with (
+        pytest.raises(ConfigError, match=r"another config \(model\.dim: 64 -> 32\)"),
+        open_run(config, restart=False),
+    ):
+        pass

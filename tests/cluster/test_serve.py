@@ -46,6 +46,22 @@ def start(arguments, folder, **more):
     return process, mark
 
 
+def serving(process, mark, port, step):
+    """Wait until it serves: what it printed, its ports, and the model that it serves."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "Ctrl-C" in line:
+            break
+    else:
+        pytest.fail(f"{said} {process.stderr.read()}")
+    (address,) = [line.split()[1] for line in said if line.startswith("gRPC")]
+    model, _, tokenizer = load_for_inference(step)
+    return SimpleNamespace(
+        port=port, grpc=address, mark=mark, process=process, said=said, model=model, tok=tokenizer
+    )
+
+
 @pytest.fixture(scope="module")
 def run(tiny_of_module):
     """A run with a checkpoint: its folder."""
@@ -60,24 +76,13 @@ def run(tiny_of_module):
 
 @pytest.fixture(scope="module")
 def server(run):
-    """What it printed, its ports, its process, and the model that it serves."""
+    """A served run, until the end of the module."""
     (run.parent / "token").write_text("secret\n")
     (port,) = free_ports(1)
     options = ["--port", str(port), "--grpc-port", "0", "--token-file", "token", "--actors", "2"]
     more = ["--set", "cluster.timeout_s=20"]
     process, mark = start([str(run), *options, *more], run.parent)
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "Ctrl-C" in line:
-            break
-    else:
-        pytest.fail(f"{said} {process.stderr.read()}")
-    (address,) = [line.split()[1] for line in said if line.startswith("gRPC")]
-    model, _, tokenizer = load_for_inference(next(run.glob("step_*")))
-    yield SimpleNamespace(
-        port=port, grpc=address, mark=mark, process=process, said=said, model=model, tok=tokenizer
-    )
+    yield serving(process, mark, port, next(run.glob("step_*")))
     process.kill()
     process.communicate()
 
