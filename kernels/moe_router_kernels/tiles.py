@@ -1,7 +1,9 @@
 """How each expert GEMM is cut, by its shape: measured on an H100, bf16 (docs/log.md).
 
 A table, not an autotuner: the first step does not wait, and the same shape always takes the same
-sums in the same order.
+sums in the same order. The height of a tile, and with it that order, changes where a group has more
+than 24 or 96 rows on average: inside each of the three regimes a row does not see how many others
+there are.
 """
 
 import os
@@ -62,6 +64,12 @@ _TABLE = {
     "down_weights": Tile(n=256),
 }
 
+# a few rows for each group: what counts is to read the weights once, with many loads in flight
+_FEW = {
+    "up": Tile(m=16, n=64, k=128, warps=4, stages=4),
+    "down": Tile(m=16, n=128, k=128, warps=4, stages=4),
+}
+
 
 def pick(gemm: str, problem: Problem) -> Tile:
     """The tile of one of the six GEMMs of a layer and its backward pass."""
@@ -69,6 +77,8 @@ def pick(gemm: str, problem: Problem) -> Tile:
         return Tile(m=16, n=32, k=32, band=2, warps=4, stages=2)
     if problem.dtype == torch.float32:
         return Tile(m=64, n=64, k=32, warps=4, stages=3)
+    if problem.m == 16 and gemm in _FEW:
+        return _FEW[gemm]
     tile = _TABLE[gemm]
     if gemm.endswith("weights") or problem.m == 128:
         return tile

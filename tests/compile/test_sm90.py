@@ -89,8 +89,8 @@ PLAIN = {"used_ptr", "G", "tiles"}  # 16 need not divide these
 LARGE = tiles.Problem(1 << 18, 128, 1024, 128, None)
 
 
-def gemm(kernel, name, tmp_path, **constants):
-    tile = tiles.pick(name, LARGE)
+def gemm(kernel, name, tmp_path, problem=LARGE, **constants):
+    tile = tiles.pick(name, problem)
     constants |= {"PROGRAMS": 132, "PRECISION": "tf32", "GROUP_M": tile.band}
     constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     aligned = [n for n in kernel.arg_names if n not in constants and n not in PLAIN]
@@ -114,6 +114,16 @@ def test_rows_times_groups(name, gather, backward, epilogue, tmp_path):
     assert spills(sass) <= 16
     # warpgroup matrix products, the copy engine for weights, asynchronous copies for the gather
     assert "HGMMA" in sass and "UTMALDG" in sass and ("LDGSTS" in sass) == gather
+
+
+@pytest.mark.parametrize(
+    "name, gather, epilogue", [("up", True, "swiglu"), ("down", False, "none")]
+)
+def test_few_rows(name, gather, epilogue, tmp_path):
+    flags = {"GATHER": gather, "BACKWARD": False, "EPILOGUE": epilogue, "FLATTEN": False}
+    few = tiles.Problem(8, 128, 768, 16, None)
+    sass = gemm(grouped._rows_kernel, name, tmp_path, few, **flags)
+    assert spills(sass) == 0 and "HMMA" in sass and "UTMALDG" in sass
 
 
 @pytest.mark.parametrize("name, transposed", [("gate_up_weights", True), ("down_weights", False)])
