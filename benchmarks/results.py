@@ -43,11 +43,13 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The short commit, with + if the tree has changes; outside a checkout what COMMIT says."""
+    """What COMMIT says; else the short commit, with + if the tree has changes."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     changed = subprocess.run(
         [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
     )

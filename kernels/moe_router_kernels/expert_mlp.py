@@ -34,7 +34,13 @@ class _ExpertMLP(torch.autograd.Function):
         problem = Problem.of(x_TD, gate_up, src_R)
         rows = grouped.cut(offsets_G1, src_R.numel(), problem.m)
         pre_RF, act_RF, _ = grouped.rows_times_groups(
-            x_TD, gate_up, rows, src_R=src_R, epilogue="swiglu", tile=pick("up", problem)
+            x_TD,
+            gate_up,
+            rows,
+            src_R=src_R,
+            epilogue="swiglu",
+            keep=any(ctx.needs_input_grad),
+            tile=pick("up", problem),
         )
         assert act_RF is not None
         y_RD, _, _ = grouped.rows_times_groups(act_RF, down, rows, tile=pick("down", problem))

@@ -70,6 +70,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     GATHER: tl.constexpr,
     BACKWARD: tl.constexpr,
     EPILOGUE: tl.constexpr,  # "none", "swiglu", "swiglu_backward"
+    KEEP: tl.constexpr,  # store what SwiGLU is taken of
     PRECISION: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -128,8 +129,9 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             gate, lift = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
             # what is stored is what the backward pass will read
             gate, lift = gate.to(dtype), lift.to(dtype)
-            tl.store(out_ptr + at, gate, mask=keep)
-            tl.store(out_ptr + at + width, lift, mask=keep)
+            if KEEP:
+                tl.store(out_ptr + at, gate, mask=keep)
+                tl.store(out_ptr + at + width, lift, mask=keep)
             value, _ = _silu_parts(gate.to(tl.float32))
             act_at = row.to(tl.int64)[:, None] * width + column[None, :]
             tl.store(act_ptr + act_at, (value * lift.to(tl.float32)).to(dtype), mask=keep)
@@ -293,6 +295,7 @@ def rows_times_groups(
     src_R: Tensor | None = None,
     backward: bool = False,
     epilogue: str = "none",
+    keep: bool = True,
     pre_RF: Tensor | None = None,
     weight_R: Tensor | None = None,
     tile: Tile,
@@ -306,6 +309,7 @@ def rows_times_groups(
         epilogue: `swiglu`: w are gate and up, N / 2 rows each, the second result silu(gate) * up.
             `swiglu_backward`: the product is the gradient of that second result; pre_RF is what
             came out first, weight_R the weight of each row.
+        keep: with `swiglu`: give the first result, which only the backward pass needs.
 
     Returns:
         out (R, N), and by epilogue: act (R, N / 2); for the backward out is the gradient (R, 2 N)
@@ -318,8 +322,8 @@ def rows_times_groups(
     back = epilogue == "swiglu_backward"
     width = N // 2 if epilogue == "swiglu" else N
     R = rows.rows
-    out = a.new_empty(R, 2 * N if back else N)
     act = None if epilogue == "none" else a.new_empty(R, width)
+    out = a.new_empty(R if keep else 0, 2 * N if back else N)
     dot = None
     if back:
         dot = torch.zeros(triton.cdiv(N, tile.n), R, device=a.device)
@@ -333,8 +337,8 @@ def rows_times_groups(
         none if weight_R is None else weight_R, none if dot is None else dot,
         G, R, K, N, a.stride(0),
         PROGRAMS=_programs(a.device), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        GROUP_M=tile.band, GATHER=src_R is not None, BACKWARD=backward, EPILOGUE=epilogue,
-        PRECISION="ieee" if a.dtype == torch.float32 else "tf32", FLATTEN=tile.flatten,
+        GROUP_M=tile.band, GATHER=src_R is not None, BACKWARD=backward,
+        EPILOGUE=epilogue, KEEP=keep, PRECISION="ieee" if a.dtype == torch.float32 else "tf32", FLATTEN=tile.flatten,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, act, None if dot is None else dot.sum(0)

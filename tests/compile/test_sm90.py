@@ -108,7 +108,7 @@ def gemm(kernel, name, tmp_path, problem=LARGE, **constants):
     ],
 )
 def test_rows_times_groups(name, gather, backward, epilogue, tmp_path):
-    flags = {"GATHER": gather, "BACKWARD": backward, "EPILOGUE": epilogue}
+    flags = {"GATHER": gather, "BACKWARD": backward, "EPILOGUE": epilogue, "KEEP": True}
     flatten = tiles.pick(name, LARGE).flatten
     sass = gemm(grouped._rows_kernel, name, tmp_path, FLATTEN=flatten, **flags)
     assert spills(sass) <= 16
@@ -121,6 +121,7 @@ def test_rows_times_groups(name, gather, backward, epilogue, tmp_path):
 )
 def test_few_rows(name, gather, epilogue, tmp_path):
     flags = {"GATHER": gather, "BACKWARD": False, "EPILOGUE": epilogue, "FLATTEN": False}
+    flags["KEEP"] = False
     few = tiles.Problem(8, 128, 768, 16, None)
     sass = gemm(grouped._rows_kernel, name, tmp_path, few, **flags)
     assert spills(sass) == 0 and "HMMA" in sass and "UTMALDG" in sass

@@ -99,6 +99,15 @@ def test_two_runs_are_equal_bit_by_bit_and_rows_do_not_see_each_other():
     assert torch.equal(expert_mlp(other, *leaves[1:], *plan)[:20], runs[0][0][:20])
 
 
+def test_without_gradients_the_result_is_the_same_and_nothing_is_kept():
+    leaves, plan, _ = tensors(40, 32, 24, 5, 2, "holes", DTYPES[-1])
+    wanted = expert_mlp(*leaves, *plan)
+    with torch.no_grad():
+        assert torch.equal(expert_mlp(*leaves, *plan), wanted)
+    detached = [leaf.detach() for leaf in leaves]
+    assert torch.equal(expert_mlp(*detached, *plan), wanted)
+
+
 def test_weights_of_fp32_get_gradients_of_fp32():
     leaves, plan, grad_TD = tensors(24, 32, 16, 4, 2, "uniform", torch.float32)
     x_TD = leaves[0].detach().to(DTYPES[-1])
