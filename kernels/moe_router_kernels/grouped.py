@@ -338,7 +338,8 @@ def rows_times_groups(
         G, R, K, N, a.stride(0),
         PROGRAMS=_programs(a.device), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         GROUP_M=tile.band, GATHER=src_R is not None, BACKWARD=backward,
-        EPILOGUE=epilogue, KEEP=keep, PRECISION="ieee" if a.dtype == torch.float32 else "tf32", FLATTEN=tile.flatten,
+        EPILOGUE=epilogue, KEEP=keep, FLATTEN=tile.flatten,
+        PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, act, None if dot is None else dot.sum(0)
