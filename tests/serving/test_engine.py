@@ -119,11 +119,11 @@ def test_who_goes_away_is_forgotten():
     group = Fragile()
 
     async def client(engine):
-        async with aclosing(engine.stream(Ask(prompts=("a",), max_tokens=5_000))) as pieces:
+        async with aclosing(engine.stream(Ask(prompts=("a",), max_tokens=5_000, seed=1))) as pieces:
             async for piece in pieces:
                 if piece.made == 3:
                     break
-        await collect(engine, "b", max_tokens=2)
+        await collect(engine, "b", max_tokens=2, seed=1)
         return group.passes
 
     assert serve(client, group, slots=1) < 20
@@ -204,7 +204,9 @@ def test_a_bug_in_a_pass_leaves_nobody_waiting(caplog):
 
 def test_a_full_queue_is_said_at_once():
     async def clients(engine):
-        calls = [asyncio.ensure_future(collect(engine, "a", max_tokens=50)) for _ in range(3)]
+        calls = [
+            asyncio.ensure_future(collect(engine, "a", max_tokens=50, seed=1)) for _ in range(3)
+        ]
         await asyncio.sleep(0)
         with pytest.raises(QueueFullError, match="ask again later"):
             await collect(engine, "b", "c")
