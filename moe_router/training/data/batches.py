@@ -1,4 +1,4 @@
-"""Rows to batches, as pure functions of where the run is: a resume needs no saved state.
+"""Rows of text or documents to batches, as pure functions of where the run is: a resume needs no saved state.
 
 Step, micro-step, rank and place inside the rank's share give a row's number in the whole run; its
 epoch is that number over the rows of the stream, and the epoch's shuffle says which row it is.
@@ -7,51 +7,21 @@ order for any W.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moe_router.errors import ConfigError, DataError
-from moe_router.training.data.dataset import Dataset
+from moe_router.training.data.batch import Batch
+from moe_router.training.data.labelled import Documents, LabelledDataset, pack_documents
+from moe_router.training.data.load import AnyDataset
 from moe_router.training.data.permutation import permute
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One rank's share of one micro-batch: rows end to end, no padding.
-
-    Attributes:
-        ids_T: int64, the inputs.
-        target_N: int64, what is to be predicted: for text N is T, the token after each in the
-            stream; for labelled documents N is B, the label of each.
-        position_T: int32, position inside its document or, if it began in an earlier row, its row.
-        offsets_B1: int32, sequence b is tokens offsets[b] : offsets[b + 1]; one starts at every
-            row and every separator, and attention stays inside.
-        first_token: index of this rank's first token in the micro-batch of all ranks.
-        tokens: of the micro-batch, all ranks.
-        targets: likewise.
-    """
-
-    ids_T: Tensor
-    target_N: Tensor
-    position_T: Tensor
-    offsets_B1: Tensor
-    first_token: int
-    tokens: int
-    targets: int
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; the offsets stay, the model reads them on the host."""
-        tensors = (self.ids_T, self.target_N, self.position_T)
-        ids_T, target_N, position_T = (x.to(device, non_blocking=True) for x in tensors)
-        return replace(self, ids_T=ids_T, target_N=target_N, position_T=position_T)
+from moe_router.training.data.stream import TokenStream
 
 
 def train_batch(
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
     batch: int,
     step: int,
@@ -61,7 +31,7 @@ def train_batch(
     ranks: int,
     seed: int,
 ) -> Batch:
-    """The rows of one rank in one micro-step of training.
+    """The rows, or labelled documents, of one rank in one micro-step of training.
 
     Args:
         batch: rows of one optimizer step, all micro-steps and ranks together.
@@ -74,23 +44,21 @@ def train_batch(
         ConfigError: `batch` cannot be shared out evenly.
         IndexError: step, micro or rank is out of range.
     """
-    share = share_of(batch, accumulation, ranks)
-    check_place(step, micro, accumulation, rank, ranks)
-    first = step * batch + (micro * ranks + rank) * share
-    index_B = shuffled(first, share, dataset.train.rows, seed)
-    length = dataset.train.seq_len
-    return _pack(
-        dataset.train.rows_at(index_B.tolist()),
-        dataset.tokenizer.document_id,
-        first_token=rank * share * length,
-        tokens=ranks * share * length,
-    )
+    share = _share(batch, accumulation, ranks)
+    if step < 0 or not 0 <= micro < accumulation or not 0 <= rank < ranks:
+        raise IndexError(
+            f"step={step} micro={micro} rank={rank}: want step >= 0, micro in "
+            f"0..{accumulation - 1}, rank in 0..{ranks - 1}"
+        )
+    first = step * batch + micro * ranks * share
+    index_B = _shuffled(first, ranks * share, dataset.train.rows, seed)
+    return _pack(dataset, dataset.train, index_B, slice(rank * share, (rank + 1) * share))
 
 
 def val_batches(
-    dataset: Dataset, *, rows: int, batch: int, rank: int, ranks: int
+    dataset: AnyDataset, *, rows: int, batch: int, rank: int, ranks: int
 ) -> Iterator[Batch]:
-    """The first held-out rows in order, each exactly once over all ranks and batches.
+    """The first held-out rows, or labelled documents, in order, each exactly once over all ranks and batches.
 
     Rows are spread as evenly as they go, so every rank gets as many batches as the others and none
     of them is empty; to that end a batch may be a few rows larger than asked for.
@@ -105,33 +73,19 @@ def val_batches(
     """
     rows = min(rows, dataset.val.rows)
     if rows < ranks:
+        text = "rows (data.val_fraction, train.eval_rows)"
+        what = "documents (train.eval_rows)" if isinstance(dataset, LabelledDataset) else text
         raise DataError(
-            f"{rows} held-out rows (data.val_fraction, train.eval_rows), want at least {ranks}, "
-            "one for each of cluster.actors"
+            f"{rows} held-out {what}, want at least {ranks}, one for each of cluster.actors"
         )
-    length = dataset.val.seq_len
     count = max(1, min(-(-rows // batch), rows // ranks))
     for i in range(count):
         start, stop = i * rows // count, (i + 1) * rows // count
-        mine = [start + r * (stop - start) // ranks for r in (rank, rank + 1)]
-        yield _pack(
-            dataset.val.rows_at(range(*mine)),
-            dataset.tokenizer.document_id,
-            first_token=(mine[0] - start) * length,
-            tokens=(stop - start) * length,
-        )
+        bounds = [r * (stop - start) // ranks for r in (rank, rank + 1)]
+        yield _pack(dataset, dataset.val, np.arange(start, stop), slice(*bounds))
 
 
-def check_place(step: int, micro: int, accumulation: int, rank: int, ranks: int) -> None:
-    """Raises IndexError where no batch lies."""
-    if step < 0 or not 0 <= micro < accumulation or not 0 <= rank < ranks:
-        raise IndexError(
-            f"step={step} micro={micro} rank={rank}: want step >= 0, micro in "
-            f"0..{accumulation - 1}, rank in 0..{ranks - 1}"
-        )
-
-
-def share_of(batch: int, accumulation: int, ranks: int) -> int:
+def _share(batch: int, accumulation: int, ranks: int) -> int:
     """Rows of one rank in one micro-step."""
     share, rest = divmod(batch, accumulation * ranks)
     if share < 1 or rest:
@@ -142,7 +96,7 @@ def share_of(batch: int, accumulation: int, ranks: int) -> int:
     return share
 
 
-def shuffled(first: int, count: int, rows: int, seed: int) -> NDArray[np.int64]:
+def _shuffled(first: int, count: int, rows: int, seed: int) -> NDArray[np.int64]:
     """Rows number first : first + count of the run, which may lie in several epochs."""
     number_B = np.arange(first, first + count)
     epoch_B, index_B = np.divmod(number_B, rows)
@@ -154,7 +108,28 @@ def shuffled(first: int, count: int, rows: int, seed: int) -> NDArray[np.int64]:
     return index_B
 
 
-def _pack(rows_BS: NDArray[np.int32], separator: int, *, first_token: int, tokens: int) -> Batch:
+def _pack(
+    dataset: AnyDataset, part: TokenStream | Documents, index_B: NDArray[np.int64], mine: slice
+) -> Batch:
+    """One rank's part of a micro-batch of all ranks.
+
+    Args:
+        part: the training or the held-out part of the dataset.
+        index_B: of the whole micro-batch.
+    """
+    if isinstance(part, Documents):
+        return pack_documents(part, index_B, mine)
+    return _pack_rows(
+        part.rows_at(index_B[mine].tolist()),
+        dataset.tokenizer.document_id,
+        first_token=mine.start * part.seq_len,
+        tokens=len(index_B) * part.seq_len,
+    )
+
+
+def _pack_rows(
+    rows_BS: NDArray[np.int32], separator: int, *, first_token: int, tokens: int
+) -> Batch:
     """Rows of S - 1 inputs and one token more, to flat tensors and their boundaries."""
     starts_BS = rows_BS[:, :-1] == separator
     starts_BS[:, 0] = True

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moe_router.config import DataConfig
 from moe_router.errors import DataError
-from moe_router.training.data.batches import Batch, check_place, share_of, shuffled
+from moe_router.training.data.batch import Batch
 from moe_router.training.data.files import expand, near
 from moe_router.training.data.labelled_files import labelled_rows
 from moe_router.training.data.tokenizer import Tokenizer, load_tokenizer
@@ -83,55 +83,18 @@ def texts_of(config: DataConfig) -> Iterator[str]:
             yield text
 
 
-def labelled_batch(
-    dataset: LabelledDataset,
-    *,
-    batch: int,
-    step: int,
-    micro: int,
-    accumulation: int,
-    rank: int,
-    ranks: int,
-    seed: int,
-) -> Batch:
-    """The documents of one rank in one micro-step; arguments as `train_batch`."""
-    share = share_of(batch, accumulation, ranks)
-    check_place(step, micro, accumulation, rank, ranks)
-    first = step * batch + micro * ranks * share
-    index_N = shuffled(first, ranks * share, dataset.train.rows, seed)
-    return _pack(dataset.train, index_N, rank * share, (rank + 1) * share)
-
-
-def labelled_val_batches(
-    dataset: LabelledDataset, *, rows: int, batch: int, rank: int, ranks: int
-) -> Iterator[Batch]:
-    """The first held-out documents, each exactly once over all ranks and batches; as
-    `val_batches`."""
-    rows = min(rows, dataset.val.rows)
-    if rows < ranks:
-        raise DataError(
-            f"{rows} held-out documents (train.eval_rows), want at least {ranks}, one for each of "
-            "cluster.actors"
-        )
-    count = max(1, min(-(-rows // batch), rows // ranks))
-    for i in range(count):
-        start, stop = i * rows // count, (i + 1) * rows // count
-        cut = [r * (stop - start) // ranks for r in (rank, rank + 1)]
-        yield _pack(dataset.val, np.arange(start, stop), *cut)
-
-
-def _pack(documents: Documents, index_N: NDArray[np.int64], start: int, stop: int) -> Batch:
-    """Documents index[start:stop] of a micro-batch of all ranks, as flat tensors."""
+def pack_documents(documents: Documents, index_N: NDArray[np.int64], mine: slice) -> Batch:
+    """One rank's documents, index[mine], of a micro-batch of all ranks, as flat tensors."""
     length_N = documents.offsets_N1[index_N + 1] - documents.offsets_N1[index_N]
-    mine = _some(documents, index_N[start:stop])
-    lengths = np.diff(mine.offsets_N1)
-    position_T = np.arange(len(mine.ids)) - np.repeat(mine.offsets_N1[:-1], lengths)
+    ours = _some(documents, index_N[mine])
+    lengths = np.diff(ours.offsets_N1)
+    position_T = np.arange(len(ours.ids)) - np.repeat(ours.offsets_N1[:-1], lengths)
     return Batch(
-        ids_T=torch.from_numpy(mine.ids.astype(np.int64)),
-        target_N=torch.from_numpy(mine.label_N),
+        ids_T=torch.from_numpy(ours.ids.astype(np.int64)),
+        target_N=torch.from_numpy(ours.label_N),
         position_T=torch.from_numpy(position_T.astype(np.int32)),
-        offsets_B1=torch.from_numpy(mine.offsets_N1.astype(np.int32)),
-        first_token=int(length_N[:start].sum()),
+        offsets_B1=torch.from_numpy(ours.offsets_N1.astype(np.int32)),
+        first_token=int(length_N[: mine.start].sum()),
         tokens=int(length_N.sum()),
         targets=len(index_N),
     )
