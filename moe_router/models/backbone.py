@@ -1,7 +1,7 @@
 """What every model is built on: embedding, blocks, and which tokens take which block."""
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from typing import Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,26 @@ class Output(Protocol):
     def depth(self) -> tuple[dict[str, Tensor], ...]: ...
 
 
+class Running(TypedDict, total=False):
+    """How a model is computed, whatever it computes.
+
+    Attributes:
+        dispatcher, placement, kernels: how tokens reach experts, and what computes them; see `MoE`.
+        activation_checkpointing: keep only each block's input and routing decisions for the
+            backward pass; the rest is computed again.
+    """
+
+    dispatcher: Dispatcher | None
+    placement: Placement | None
+    kernels: Kernels
+    activation_checkpointing: bool
+
+
 class Backbone(nn.Module):
     """Args:
     config: sizes, and which blocks are routed.
     vocab: number of token ids V.
-    dispatcher, placement, kernels: how tokens reach experts, and what computes them; see `MoE`.
-    activation_checkpointing: keep only each block's input and routing decisions for the
-        backward pass; the rest is computed again.
+    dispatcher, placement, kernels, activation_checkpointing: see `Running`.
     """
 
     def __init__(

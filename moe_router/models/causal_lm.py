@@ -1,15 +1,14 @@
 """The causal language model: packed token ids in, fp32 logits of the next token out."""
 
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_router.config import Kernels, ModelConfig
-from moe_router.dispatch import Dispatcher
-from moe_router.models.backbone import Backbone
+from moe_router.config import ModelConfig
+from moe_router.models.backbone import Backbone, Running
 from moe_router.models.kv_cache import KVCache
-from moe_router.placement import Placement
 from moe_router.routing import Context
 from moe_router.types import HaltState, Routed
 
@@ -36,24 +35,8 @@ class LMOutput:
 class CausalLM(Backbone):
     """Args as `Backbone`."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        vocab: int,
-        *,
-        dispatcher: Dispatcher | None = None,
-        placement: Placement | None = None,
-        kernels: Kernels = "auto",
-        activation_checkpointing: bool = False,
-    ) -> None:
-        super().__init__(
-            config,
-            vocab,
-            dispatcher=dispatcher,
-            placement=placement,
-            kernels=kernels,
-            activation_checkpointing=activation_checkpointing,
-        )
+    def __init__(self, config: ModelConfig, vocab: int, **running: Unpack[Running]) -> None:
+        super().__init__(config, vocab, **running)
         self.causal = all(moe is None or moe.causal for moe in self.moes)
         tied = config.tie_embeddings
         self.head = None if tied else nn.Linear(config.dim, vocab, bias=False)

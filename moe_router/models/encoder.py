@@ -5,14 +5,13 @@ pruned token takes no part, and a router that prunes learns from what its tokens
 """
 
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from moe_router.config import Kernels, ModelConfig
-from moe_router.dispatch import Dispatcher
-from moe_router.models.backbone import Backbone, Passed
-from moe_router.placement import Placement
+from moe_router.config import ModelConfig
+from moe_router.models.backbone import Backbone, Passed, Running
 from moe_router.routing import Context
 from moe_router.types import HaltState, Routed
 from moe_router_kernels import reference
@@ -40,28 +39,13 @@ class TextClassifier(Backbone):
     config: of kind `encoder`.
     vocab: number of token ids.
     classes: number of labels C.
-    dispatcher, placement, kernels, activation_checkpointing: see `Backbone`.
+    running: how it is computed.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        vocab: int,
-        classes: int,
-        *,
-        dispatcher: Dispatcher | None = None,
-        placement: Placement | None = None,
-        kernels: Kernels = "auto",
-        activation_checkpointing: bool = False,
+        self, config: ModelConfig, vocab: int, classes: int, **running: Unpack[Running]
     ) -> None:
-        super().__init__(
-            config,
-            vocab,
-            dispatcher=dispatcher,
-            placement=placement,
-            kernels=kernels,
-            activation_checkpointing=activation_checkpointing,
-        )
+        super().__init__(config, vocab, **running)
         self.classes = classes
         self.head = nn.Linear(config.dim, classes)
 

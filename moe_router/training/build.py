@@ -7,6 +7,7 @@ import torch
 from moe_router.config import Config
 from moe_router.dispatch import AllToAll, Dispatcher, Local
 from moe_router.models import CausalLM, TextClassifier, init_parameters
+from moe_router.models.backbone import Running
 from moe_router.training.parallel import shard_dense
 
 
@@ -21,20 +22,14 @@ def repeat_bitwise(device: torch.device) -> None:
 
 def new_model(config: Config, vocab: int, dispatcher: Dispatcher) -> CausalLM | TextClassifier:
     """What model.kind names, with weights that nobody has set yet."""
-    model, kernels = config.model, config.kernels
-    again = config.train.activation_checkpointing
-    if model.kind == "causal_lm":
-        return CausalLM(
-            model, vocab, dispatcher=dispatcher, kernels=kernels, activation_checkpointing=again
-        )
-    return TextClassifier(
-        model,
-        vocab,
-        len(config.data.labels),
-        dispatcher=dispatcher,
-        kernels=kernels,
-        activation_checkpointing=again,
-    )
+    running: Running = {
+        "dispatcher": dispatcher,
+        "kernels": config.kernels,
+        "activation_checkpointing": config.train.activation_checkpointing,
+    }
+    if config.model.kind == "causal_lm":
+        return CausalLM(config.model, vocab, **running)
+    return TextClassifier(config.model, vocab, len(config.data.labels), **running)
 
 
 def build_model(

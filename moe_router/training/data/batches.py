@@ -1,4 +1,5 @@
-"""Rows of text or documents to batches, as pure functions of where the run is: a resume needs no saved state.
+"""Rows of text, or documents, to batches, as pure functions of where the run is: a resume needs no
+saved state.
 
 Step, micro-step, rank and place inside the rank's share give a row's number in the whole run; its
 epoch is that number over the rows of the stream, and the epoch's shuffle says which row it is.
@@ -58,7 +59,8 @@ def train_batch(
 def val_batches(
     dataset: AnyDataset, *, rows: int, batch: int, rank: int, ranks: int
 ) -> Iterator[Batch]:
-    """The first held-out rows, or labelled documents, in order, each exactly once over all ranks and batches.
+    """The first held-out rows, or labelled documents, in order, each exactly once over all ranks
+    and batches.
 
     Rows are spread as evenly as they go, so every rank gets as many batches as the others and none
     of them is empty; to that end a batch may be a few rows larger than asked for.
