@@ -13,6 +13,7 @@ from moe_router.errors import DataError
 from moe_router.training.data.batch import Batch
 from moe_router.training.data.files import expand, near
 from moe_router.training.data.labelled_files import labelled_rows
+from moe_router.training.data.sources import utf8
 from moe_router.training.data.tokenizer import Tokenizer, load_tokenizer
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
@@ -118,7 +119,8 @@ def _read(path: str, key: str, config: DataConfig, tokenizer: Tokenizer) -> Docu
                     f"{where}: label {label!r}, want one of data.labels: {', '.join(known)}"
                     + near(label, known)
                 )
-            ids = [tokenizer.document_id, *_encode(text, tokenizer, where)]
+            utf8(text, where)  # JSON can name half of a surrogate pair
+            ids = [tokenizer.document_id, *tokenizer.encode(text)]
             if len(ids) == 1:
                 raise DataError(f"{where}: an empty text, want at least one token; leave it out")
             parts.append(np.array(ids[: config.seq_len], np.int32))
@@ -127,11 +129,3 @@ def _read(path: str, key: str, config: DataConfig, tokenizer: Tokenizer) -> Docu
         raise DataError(f"{key}={path}: is empty, want labelled text in it")
     offsets = np.array([0, *accumulate(map(len, parts))], np.int64)
     return Documents(np.concatenate(parts), offsets, np.array(labels, np.int64))
-
-
-def _encode(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
-    try:
-        text.encode("utf-8")  # JSON can name half of a surrogate pair
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {error.reason}, want text that UTF-8 can hold") from error
-    return tokenizer.encode(text)

@@ -1,16 +1,13 @@
 """Rows of labelled files: CSV, TSV, JSON lines, or `LABEL the text`."""
 
-import csv
-import io
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from moe_router.config import DataConfig
 from moe_router.errors import DataError
 from moe_router.training.data.files import near, open_content
 from moe_router.training.data.sources import json_object, text_of
+from moe_router.training.data.tables import table_rows
 
 
 def labelled_rows(file: Path, config: DataConfig) -> Iterator[tuple[str, str, str]]:
@@ -24,7 +21,7 @@ def labelled_rows(file: Path, config: DataConfig) -> Iterator[tuple[str, str, st
     if {".jsonl", ".ndjson"} & set(suffixes):
         return _json_rows(file, config)
     if {".csv", ".tsv"} & set(suffixes):
-        return _table_rows(file, config, "\t" if ".tsv" in suffixes else ",")
+        return _table_rows(file, config)
     return _line_rows(file)
 
 
@@ -43,41 +40,10 @@ def _json_rows(file: Path, config: DataConfig) -> Iterator[tuple[str, str, str]]
                 yield where, str(label), text_of(row, config.field, where)
 
 
-def _table_rows(file: Path, config: DataConfig, delimiter: str) -> Iterator[tuple[str, str, str]]:
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
-    try:
-        with open_content(file) as stream:
-            reader = csv.reader(
-                io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter
-            )
-            yield from _columns(reader, file, (config.label, config.field))
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _columns(reader: Any, file: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Reader is a csv.reader, whose type has no public name."""
-    try:
-        header: list[str] = next(reader, [])
-        for key, name in zip(("data.label", "data.field"), names, strict=True):
-            if name not in header:
-                raise DataError(
-                    f"{file}:1: no column {name!r} ({key}), has {', '.join(map(repr, header))}"
-                    + near(name, header)
-                )
-        at = [header.index(name) for name in names]
-        for row in reader:
-            where = f"{file}:{reader.line_num}"
-            if row and len(row) <= max(at):
-                raise DataError(f"{where}: {len(row)} columns, want at least {max(at) + 1}")
-            if row:
-                yield where, row[at[0]], row[at[1]]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: {error.reason} after line {reader.line_num}, want UTF-8"
-        ) from error
-    except csv.Error as error:
-        raise DataError(f"{file}:{reader.line_num}: not CSV ({error})") from error
+def _table_rows(file: Path, config: DataConfig) -> Iterator[tuple[str, str, str]]:
+    columns = {"data.label": config.label, "data.field": config.field}
+    for where, (label, text) in table_rows(file, columns):
+        yield where, label, text
 
 
 def _line_rows(file: Path) -> Iterator[tuple[str, str, str]]:

@@ -4,11 +4,8 @@ Every reader yields documents as UTF-8 bytes, one at a time; `dataset.py` makes 
 Empty documents are left out.
 """
 
-import csv
 import importlib
-import io
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ from moe_router.training.data.files import (
     open_content,
     read_content,
 )
+from moe_router.training.data.tables import some_names, table_rows
 
 _TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
 _TABLES = (".csv", ".tsv")
@@ -93,7 +91,7 @@ def pydoc(val_fraction: float) -> Corpus:
     held = _spread([len(topics[name]) for name in kept], val_fraction)
     order = [n for i, n in enumerate(kept) if i not in held]
     order += [n for i, n in enumerate(kept) if i in held]
-    return Corpus([_bytes(topics[name]) for name in order], held_out=len(held))
+    return Corpus([utf8(topics[name]) for name in order], held_out=len(held))
 
 
 def _without_copies(topics: dict[str, str]) -> list[str]:
@@ -158,7 +156,7 @@ def _json_lines(path: Path, field: str) -> Iterator[Text]:
             if line.strip():
                 text = text_of(json_object(line, f"{path}:{number}"), field, f"{path}:{number}")
                 if text:
-                    yield _bytes(text, f"{path}:{number}")
+                    yield utf8(text, f"{path}:{number}")
 
 
 def json_object(line: bytes, where: str) -> dict[str, Any]:
@@ -178,7 +176,7 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
 def text_of(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
         raise DataError(
-            f"{where}: no key {field!r} (data.field), has {_some(row)}" + near(field, row)
+            f"{where}: no key {field!r} (data.field), has {some_names(row)}" + near(field, row)
         )
     if not isinstance(row[field], str):
         raise DataError(f"{where}: {field!r} is {type(row[field]).__name__}, want text")
@@ -187,49 +185,14 @@ def text_of(row: dict[str, Any], field: str, where: str) -> str:
 
 
 def _table(path: Path, field: str) -> Iterator[Text]:
-    """A header line, then rows; `field` is the column of the text. Tabs separate in a .tsv."""
-    delimiter = "\t" if path.with_suffix("").suffix == ".tsv" or path.suffix == ".tsv" else ","
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses documents above 128 KiB
-    try:
-        with open_content(path) as stream:
-            lines = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-            yield from _column(csv.reader(lines, delimiter=delimiter), field, path)
-    finally:
-        csv.field_size_limit(limit)
+    """A header line, then rows; `field` is the column of the text. Empty texts are left out."""
+    for where, (text,) in table_rows(path, {"data.field": field}):
+        if text:
+            yield utf8(text, where)
 
 
-def _column(reader: Any, field: str, path: Path) -> Iterator[Text]:
-    """Reader is a csv.reader, whose type has no public name."""
-    try:
-        header: list[str] = next(reader, [])
-        if field not in header:
-            raise DataError(
-                f"{path}:1: no column {field!r} (data.field), has {_some(header)}"
-                + near(field, header)
-            )
-        at = header.index(field)
-        for row in reader:
-            if row and at >= len(row):
-                raise DataError(
-                    f"{path}:{reader.line_num}: {len(row)} columns, want at least {at + 1} to "
-                    f"reach {field!r}"
-                )
-            if row and row[at]:
-                yield _bytes(row[at], f"{path}:{reader.line_num}")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 after line {reader.line_num} ({error.reason}), want UTF-8"
-        ) from error
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
-
-
-def _some(names: Iterable[str]) -> str:
-    known = list(names)
-    return ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "") or "none"
-
-
-def _bytes(text: str, where: str = "text") -> Text:
+def utf8(text: str, where: str = "text") -> Text:
+    """The bytes of a text. Raises DataError where UTF-8 cannot hold it."""
     try:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair
