@@ -31,7 +31,7 @@ timed = start=$$SECONDS; $(2) || exit; printf '%-52s %5d s\n' '$(1)' $$((SECONDS
 help:
 	@echo 'make demo       set up, train, kill an actor, recover, speak: about 3 minutes'
 	@echo 'make test       set up, pass the tests'
-	@echo 'make test-slow  the tests that take longer'
+	@echo 'make test-slow  the tests that take longer, and properties on new examples'
 	@echo 'make lint       ruff and the import linter'
 	@echo 'make types      mypy --strict'
 	@echo 'make stubs      the gRPC stubs of moe_router/serving/router.proto'
@@ -49,6 +49,7 @@ test: setup
 
 test-slow: setup
 	@$(call timed,slow tests,$(PYTEST) -m slow $(ARGS))
+	@$(call timed,properties on new examples,HYPOTHESIS_PROFILE=explore $(PYTEST) -m hypothesis)
 
 lint: setup
 	@$(call timed,ruff,$(BIN)/ruff check . && $(BIN)/ruff format --check .)

@@ -28,9 +28,13 @@ def small_model(moe=None, *, recompute=False, std=8.0, classes=0, **model):
 
 
 def packed(lengths, seed=0):
-    """ids_T, position_T, offsets_B1 of random sequences of these lengths."""
+    """ids_T, position_T, offsets_B1 of random sequences of these lengths, at most VOCAB.
+
+    No id comes twice in a sequence: equal tokens tie, and the last bit of a product decides.
+    """
     generator = torch.Generator().manual_seed(seed)
-    ids_T = torch.randint(VOCAB, (sum(lengths),), generator=generator)
+    drawn = [torch.randperm(VOCAB, generator=generator)[:n] for n in lengths]
+    ids_T = torch.cat([torch.empty(0, dtype=torch.int64), *drawn])
     position_T = torch.cat([torch.arange(n, dtype=torch.int32) for n in [0, *lengths]])
     offsets_B1 = torch.tensor([0, *lengths]).cumsum(0).int()
     return ids_T, position_T, offsets_B1
