@@ -19,7 +19,7 @@ from moe_router.errors import ClusterError
 from moe_router.observability.metrics import MetricsWriter
 from moe_router.observability.summary import quality_of, read_summary
 from moe_router.training.checkpoint_files import latest_checkpoint
-from moe_router.training.data import AnyDataset, LabelledDataset, load_dataset
+from moe_router.training.data import AnyDataset, Dataset, load_dataset
 from moe_router_cluster.faults import Kill
 from moe_router_cluster.finish import finish, near
 from moe_router_cluster.interrupts import Interrupts
@@ -68,9 +68,9 @@ def train(
 
 
 def bytes_per_token(dataset: AnyDataset) -> float | None:
-    """Of the held-out text; 1 for bytes, but for the separators; None of labelled documents,
+    """Of the held-out text; 1 for bytes, but for the separators; None of labelled data,
     whose loss is not per token."""
-    if isinstance(dataset, LabelledDataset):
+    if not isinstance(dataset, Dataset):
         return None
     rows = [dataset.val.row(i)[1:] for i in range(min(_MEASURED, dataset.val.rows))]
     sizes = dataset.tokenizer.bytes_of[np.concatenate(rows)]

@@ -10,7 +10,7 @@ from moe_router.config import Config
 from moe_router.models import CausalLM, TextClassifier
 from moe_router.models.causal_lm import token_loss
 from moe_router.observability.records import EvalRecord
-from moe_router.training.data import AnyDataset, Batch, Dataset, LabelledDataset, val_batches
+from moe_router.training.data import AnyDataset, Batch, Dataset, val_batches
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def evaluate(
     ranks: int,
     device: torch.device,
 ) -> EvalRecord:
-    """The first train.eval_rows held-out rows or documents, each once.
+    """The first train.eval_rows held-out rows, documents or images, each once.
 
     Returns:
         EvalRecord, identical on all ranks.
@@ -43,9 +43,9 @@ def evaluate(
         sums = measured if sums.numel() == 0 else sums + measured
     if ranks > 1:
         dist.all_reduce(sums)
-    if isinstance(dataset, LabelledDataset):
-        return _of_labels(sums, step)
-    return _of_text(sums, dataset, step)
+    if isinstance(dataset, Dataset):
+        return _of_text(sums, dataset, step)
+    return _of_labels(sums, step)
 
 
 def _measure(logits_NV: Tensor, batch: Batch, dataset: AnyDataset) -> Tensor:
@@ -53,7 +53,7 @@ def _measure(logits_NV: Tensor, batch: Batch, dataset: AnyDataset) -> Tensor:
     target_N = batch.target_N
     nats = token_loss(logits_NV, target_N).double()
     counts = [nats, *(torch.full_like(nats, n) for n in (target_N.numel(), batch.ids_T.numel()))]
-    if isinstance(dataset, LabelledDataset):
+    if not isinstance(dataset, Dataset):
         C = len(dataset.labels)
         pair_N = target_N * C + logits_NV.argmax(-1)
         return torch.cat([torch.stack(counts), torch.bincount(pair_N, minlength=C * C).double()])

@@ -1,8 +1,9 @@
-"""Text to batches: sources, tokenizers, packing, exact resume. Formats: docs/data.md."""
+"""Text and images to batches: sources, tokenizers, packing, exact resume. Formats: docs/data.md."""
 
 from moe_router.training.data.batch import Batch
 from moe_router.training.data.batches import train_batch, val_batches
 from moe_router.training.data.dataset import Dataset
+from moe_router.training.data.images import ImageDataset
 from moe_router.training.data.labelled import LabelledDataset
 from moe_router.training.data.load import AnyDataset, load_dataset
 from moe_router.training.data.new_tokenizer import make_tokenizer
@@ -22,6 +23,7 @@ __all__ = [
     "ByteTokenizer",
     "Dataset",
     "FileTokenizer",
+    "ImageDataset",
     "LabelledDataset",
     "Segments",
     "TokenStream",

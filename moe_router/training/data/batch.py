@@ -11,9 +11,9 @@ class Batch:
     """One rank's share of one micro-batch: rows end to end, no padding.
 
     Attributes:
-        ids_T: int64, the inputs.
+        ids_T: int64, the inputs; of images uint8 (T, P), the values of each patch.
         target_N: int64, what is to be predicted: for text N is T, the token after each in the
-            stream; for labelled documents N is B, the label of each.
+            stream; for labelled documents and images N is B, the label of each.
         position_T: int32, position inside its document or, if it began in an earlier row, its row.
         offsets_B1: int32, sequence b is tokens offsets[b] : offsets[b + 1]; one starts at every
             row and every separator, and attention stays inside.

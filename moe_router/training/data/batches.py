@@ -1,5 +1,5 @@
-"""Rows of text, or documents, to batches, as pure functions of where the run is: a resume needs no
-saved state.
+"""Rows of text, documents or images to batches, as pure functions of where the run is: a resume
+needs no saved state.
 
 Step, micro-step, rank and place inside the rank's share give a row's number in the whole run; its
 epoch is that number over the rows of the stream, and the epoch's shuffle says which row it is.
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from moe_router.errors import ConfigError, DataError
 from moe_router.training.data.batch import Batch
-from moe_router.training.data.labelled import Documents, LabelledDataset, pack_documents
+from moe_router.training.data.dataset import Dataset
+from moe_router.training.data.images import ImageDataset, pack_images
+from moe_router.training.data.labelled import LabelledDataset, pack_documents
 from moe_router.training.data.load import AnyDataset
 from moe_router.training.data.permutation import permute
-from moe_router.training.data.stream import TokenStream
 
 
 def train_batch(
@@ -32,7 +33,7 @@ def train_batch(
     ranks: int,
     seed: int,
 ) -> Batch:
-    """The rows, or labelled documents, of one rank in one micro-step of training.
+    """The rows, or labelled documents or images, of one rank in one micro-step of training.
 
     Args:
         batch: rows of one optimizer step, all micro-steps and ranks together.
@@ -53,13 +54,13 @@ def train_batch(
         )
     first = step * batch + micro * ranks * share
     index_B = _shuffled(first, ranks * share, dataset.train.rows, seed)
-    return _pack(dataset, dataset.train, index_B, slice(rank * share, (rank + 1) * share))
+    return _pack(dataset, index_B, slice(rank * share, (rank + 1) * share))
 
 
 def val_batches(
     dataset: AnyDataset, *, rows: int, batch: int, rank: int, ranks: int
 ) -> Iterator[Batch]:
-    """The first held-out rows, or labelled documents, in order, each exactly once over all ranks
+    """The first held-out rows, documents or images, in order, each exactly once over all ranks
     and batches.
 
     Rows are spread as evenly as they go, so every rank gets as many batches as the others and none
@@ -75,8 +76,10 @@ def val_batches(
     """
     rows = min(rows, dataset.val.rows)
     if rows < ranks:
-        text = "rows (data.val_fraction, train.eval_rows)"
-        what = "documents (train.eval_rows)" if isinstance(dataset, LabelledDataset) else text
+        if isinstance(dataset, Dataset):
+            what = "rows (data.val_fraction, train.eval_rows)"
+        else:
+            what = f"{dataset.val.noun} (train.eval_rows)"
         raise DataError(
             f"{rows} held-out {what}, want at least {ranks}, one for each of cluster.actors"
         )
@@ -84,7 +87,7 @@ def val_batches(
     for i in range(count):
         start, stop = i * rows // count, (i + 1) * rows // count
         bounds = [r * (stop - start) // ranks for r in (rank, rank + 1)]
-        yield _pack(dataset, dataset.val, np.arange(start, stop), slice(*bounds))
+        yield _pack(dataset, np.arange(start, stop), slice(*bounds), val=True)
 
 
 def _share(batch: int, accumulation: int, ranks: int) -> int:
@@ -111,16 +114,19 @@ def _shuffled(first: int, count: int, rows: int, seed: int) -> NDArray[np.int64]
 
 
 def _pack(
-    dataset: AnyDataset, part: TokenStream | Documents, index_B: NDArray[np.int64], mine: slice
+    dataset: AnyDataset, index_B: NDArray[np.int64], mine: slice, *, val: bool = False
 ) -> Batch:
     """One rank's part of a micro-batch of all ranks.
 
     Args:
-        part: the training or the held-out part of the dataset.
         index_B: of the whole micro-batch.
+        val: of what is held out, not of what is trained on.
     """
-    if isinstance(part, Documents):
-        return pack_documents(part, index_B, mine)
+    if isinstance(dataset, ImageDataset):
+        return pack_images(dataset.val if val else dataset.train, index_B, mine)
+    if isinstance(dataset, LabelledDataset):
+        return pack_documents(dataset.val if val else dataset.train, index_B, mine)
+    part = dataset.val if val else dataset.train
     return _pack_rows(
         part.rows_at(index_B[mine].tolist()),
         dataset.tokenizer.document_id,

@@ -35,6 +35,11 @@ class Dataset:
     tokenizer: Tokenizer
     unigram_bits_per_byte: float
 
+    @property
+    def vocab(self) -> int:
+        """Token ids."""
+        return self.tokenizer.vocab
+
 
 def load_text(config: DataConfig) -> Dataset:
     """Read, tokenise and split what `config` names. The same config gives the same dataset.

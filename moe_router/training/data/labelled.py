@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class Documents:
     ids: NDArray[np.int32]
     offsets_N1: NDArray[np.int64]
     label_N: NDArray[np.int64]
+    noun: ClassVar[str] = "documents"
 
     @property
     def rows(self) -> int:
@@ -51,6 +53,11 @@ class LabelledDataset:
     tokenizer: Tokenizer
     labels: tuple[str, ...]
 
+    @property
+    def vocab(self) -> int:
+        """Token ids."""
+        return self.tokenizer.vocab
+
 
 def load_labelled(config: DataConfig) -> LabelledDataset:
     """Read, tokenise and split what `config` names. The same config gives the same dataset.
@@ -64,16 +71,26 @@ def load_labelled(config: DataConfig) -> LabelledDataset:
     if config.val_path is not None:
         val = _read(config.val_path, "data.val_path", config, tokenizer)
         return LabelledDataset(train, val, tokenizer, config.labels)
-    held_out = round(config.val_fraction * train.rows)
-    if not 0 < held_out < train.rows:
-        raise DataError(
-            f"data.path={config.path}: {train.rows} documents, want enough to hold out "
-            f"data.val_fraction={config.val_fraction} of them; add some, or set data.val_path"
-        )
-    # every n-th, not the last: files are often sorted by label
-    is_val_N = np.diff(np.arange(train.rows + 1) * held_out // train.rows) > 0
+    is_val_N = held_out(train.rows, config, Documents.noun)
     kept, held = (_some(train, np.flatnonzero(mask)) for mask in (~is_val_N, is_val_N))
     return LabelledDataset(kept, held, tokenizer, config.labels)
+
+
+def held_out(rows: int, config: DataConfig, noun: str) -> NDArray[np.bool_]:
+    """(rows,) which ones are held out: every n-th, not the last, for files are often sorted by
+    label.
+
+    Raises:
+        DataError: too few rows to hold out data.val_fraction of them.
+    """
+    count = round(config.val_fraction * rows)
+    if not 0 < count < rows:
+        raise DataError(
+            f"data.path={config.path}: {rows} {noun}, want enough to hold out "
+            f"data.val_fraction={config.val_fraction} of them; add some, or set data.val_path"
+        )
+    spread: NDArray[np.bool_] = np.diff(np.arange(rows + 1) * count // rows) > 0
+    return spread
 
 
 def texts_of(config: DataConfig) -> Iterator[str]:

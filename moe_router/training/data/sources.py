@@ -68,6 +68,8 @@ def read_corpus(config: DataConfig) -> Corpus:
             raise DataError("data.source=shards holds tokens, not text: use load_dataset")
         case "labelled":
             raise DataError("data.source=labelled holds labels beside texts: use load_dataset")
+        case "images":
+            raise DataError("data.source=images holds no text, want another source, or none")
 
 
 def pydoc(val_fraction: float) -> Corpus:

@@ -14,10 +14,12 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 def test_the_page_has_its_examples() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["text", "labelled", "shards", "resume"])
+@pytest.mark.parametrize(
+    "example", EXAMPLES, ids=["text", "labelled", "images", "shards", "resume"]
+)
 def test_an_example_runs(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -28,6 +30,8 @@ def test_an_example_runs(
         assert "On wednesday the router" in printed
     if "reviews.csv" in example:
         assert printed.startswith("36 4 [")
+    if "idx3" in example:
+        assert printed.startswith("18 2 (24, 16) [0, 4, 8")
     if "shards" in example:
         (shown,) = re.findall(r"```json\n(.*?)```", PAGE, re.S)
         assert json.loads((tmp_path / "shards/0000.bin.json").read_text()) == json.loads(shown)
