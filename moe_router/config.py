@@ -199,8 +199,8 @@ class Config:
     serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self) -> None:
-        labelled = self.data.source == "labelled"
-        want = "encoder" if labelled else "causal_lm"
+        kinds = {"labelled": "encoder", "images": "vit"}
+        want = kinds.get(self.data.source, "causal_lm")
         about = f"{want}, for data.source={self.data.source}"
         require(self.model.kind == want, "model.kind", self.model.kind, about)
         ranks, rows = self.cluster.actors, self.train.batch // self.train.accumulation

@@ -116,7 +116,7 @@ class RoutingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    kind: Literal["causal_lm", "encoder"] = "causal_lm"  # encoder: a classifier of texts
+    kind: Literal["causal_lm", "encoder", "vit"] = "causal_lm"  # classifiers: of texts, of images
     layers: int
     dim: int
     heads: int
@@ -137,6 +137,9 @@ class ModelConfig:
             self.dim,
             f"an even multiple of {self.heads} (model.heads)",
         )
+        if self.kind == "vit":
+            want = f"a multiple of {4 * self.heads}: heads turn by row and by column"
+            require(self.dim % (4 * self.heads) == 0, "model.dim", self.dim, want)
         require(
             self.heads % self.kv_heads == 0,
             "model.kv_heads",
@@ -150,7 +153,7 @@ class ModelConfig:
         routing, moe = self.routing, self.moe
         if routing is None:
             return
-        fits = routing.kind != "prune" or self.kind == "encoder"
+        fits = routing.kind != "prune" or self.kind != "causal_lm"
         want = "skip or halt: a pruned token has no next-token logits (or model.kind=encoder)"
         require(fits, "model.routing.kind", routing.kind, want)
         last = self.layers - (1 if routing.kind == "skip" else 2)

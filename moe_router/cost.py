@@ -128,7 +128,7 @@ def _parts(config: Config, vocab: int) -> Iterator[Part]:
     D = model.dim
     tied = model.kind == "causal_lm" and model.tie_embeddings
     # a tied matrix is held here and met at the head
-    yield Part("embed", "embed", vocab * D, 0 if tied else D, 0, 0)
+    yield _embedding(config, vocab, met=not tied)
     staying = 1.0  # of the tokens, after what was pruned
     for i in range(model.layers):
         layer = str(i)
@@ -141,11 +141,20 @@ def _parts(config: Config, vocab: int) -> Iterator[Part]:
         if leaves and model.routes(i, "prune"):
             staying *= keep
     yield Part("head", "norms", D, D, 0, 0)
-    if model.kind == "encoder":
+    if model.kind != "causal_lm":
         yield _label_head(D, len(config.data.labels), config.data.seq_len)
     else:
         own, flops = 0 if tied else vocab * D, 2 * vocab * D
         yield Part("head", "head", own, vocab * D, flops, flops)
+
+
+def _embedding(config: Config, vocab: int, *, met: bool) -> Part:
+    """Rows of a table that tokens look up, or a product for the values of a patch."""
+    D, image = config.model.dim, config.data.image
+    if image is None:
+        return Part("embed", "embed", vocab * D, D if met else 0, 0, 0)
+    weights = image.values * D
+    return Part("embed", "embed", weights + D, weights + D, 2 * weights, 2 * weights)
 
 
 def _label_head(D: int, labels: int, seq_len: int) -> Part:

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_router.config_file import load_config
 from moe_router.cost import BYTE_VOCAB, cost
-from moe_router.models import CausalLM, TextClassifier
+from moe_router.models import CausalLM, ImageClassifier, TextClassifier
 
 TINY = [
     "model.layers=3",
@@ -24,6 +24,13 @@ LABELLED = [
     "data.path=none.csv",
     "data.labels=[a, b, c]",
 ]
+IMAGES = [
+    "model.kind=vit",
+    "data.source=images",
+    "data.path=none",
+    "data.labels=[a, b, c]",
+    "data.image={size: 16, channels: 1, patch: 4}",
+]
 VARIANTS = {
     "moe": [],
     "dense": ["model.moe=null"],
@@ -38,6 +45,8 @@ VARIANTS = {
     "halt": ["model.moe=null", "model.routing={kind: halt, router: mlp, first: 0, every: 1}"],
     "encoder": ["model.moe=null", *LABELLED],
     "prune": ["model.moe=null", *LABELLED, "model.routing={kind: prune, keep: 0.5}"],
+    "vit": ["model.moe=null", *IMAGES],
+    "vit prune": [*IMAGES, "model.routing={kind: prune, keep: 0.5}"],
     "prune experts": [*LABELLED, "model.routing={kind: prune, router: mlp, first: 0, every: 1}"],
 }
 
@@ -49,6 +58,8 @@ def tiny(variant):
 def model_of(config):
     if config.model.kind == "encoder":
         return TextClassifier(config.model, BYTE_VOCAB, len(config.data.labels))
+    if config.model.kind == "vit":
+        return ImageClassifier(config.model, config.data.image, len(config.data.labels))
     return CausalLM(config.model, BYTE_VOCAB)
 
 

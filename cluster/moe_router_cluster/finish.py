@@ -134,7 +134,7 @@ def finish(
     write_summary(run_dir, **summary)
     report = write_report(run_dir)
     if text is None:
-        why = "it labels texts" if summary["accuracy"] is not None else "it looks at later tokens"
+        why = "it gives labels" if summary["accuracy"] is not None else "it looks at later tokens"
         console.print(f"no sample of the model's own text: {why}", style="dim")
     else:
         _show(console, config.serve.prompt, text)

@@ -17,11 +17,12 @@ from moe_router.models.block import Block, BlockOutput
 from moe_router.models.kv_cache import KVCache, LayerCache
 from moe_router.models.norm import RMSNorm
 from moe_router.models.packing import Packing
-from moe_router.models.rope import turn_at
+from moe_router.models.rope import Turn, turn_at
 from moe_router.models.stream import Stream
 from moe_router.placement import Placement
 from moe_router.routing import Context, PlanMemory
-from moe_router.types import Choice, HaltState, Routed
+from moe_router.routing.depth import Kept, chain, every_token
+from moe_router.types import Choice, HaltState, Plan, Routed
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Passed:
 
     Attributes:
         stream: the tokens that took the last block.
+        plan: their rows by token; None where no token ever leaves.
         routed: what each block's experts did; None for a dense block.
         depth: the losses of each router in depth, unscaled; this rank's share.
         halted: how each token halted, and its output; None without halting.
@@ -39,6 +41,12 @@ class Passed:
     routed: list[Routed | None] = field(default_factory=list)
     depth: list[dict[str, Tensor]] = field(default_factory=list)
     halted: HaltState | None = None
+    plan: Plan | None = None
+
+    def go_on(self, kept: Kept) -> None:
+        """Only the kept tokens take the next block."""
+        assert self.plan is not None
+        self.stream, self.plan = self.stream.take(kept), chain(self.plan, kept.plan)
 
 
 class Output(Protocol):
@@ -68,14 +76,14 @@ class Running(TypedDict, total=False):
 class Backbone(nn.Module):
     """Args:
     config: sizes, and which blocks are routed.
-    vocab: number of token ids V.
+    embed: what comes in, to (T, D).
     dispatcher, placement, kernels, activation_checkpointing: see `Running`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        vocab: int,
+        embed: nn.Module,
         *,
         dispatcher: Dispatcher | None = None,
         placement: Placement | None = None,
@@ -84,9 +92,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.vocab = vocab
         self.activation_checkpointing = activation_checkpointing
-        self.embed = nn.Embedding(vocab, config.dim)
+        self.embed = embed
         experts = (dispatcher, placement, kernels)
         self.blocks = nn.ModuleList(Block(config, i, *experts) for i in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -101,7 +108,7 @@ class Backbone(nn.Module):
 
     def through_blocks(
         self,
-        ids_T: Tensor,
+        input_T: Tensor,
         position_T: Tensor,
         offsets_B1: Tensor,
         context: Context,
@@ -109,17 +116,19 @@ class Backbone(nn.Module):
     ) -> Passed:
         """Embed the tokens and run the blocks; each computes the tokens that are routed to it."""
         causal = self.config.kind == "causal_lm"
-        packing = Packing(offsets_B1, ids_T.device, causal=causal)
-        turn = turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
-        passed = Passed(Stream(self.embed(ids_T), position_T, turn, packing))
+        packing = Packing(offsets_B1, input_T.device, causal=causal)
+        stream = Stream(self.embed(input_T), position_T, self.turn(position_T), packing)
+        passed = Passed(stream)
         account = None
         if context.ledger is not None and self.config.routing is not None:
             here = (packing.lengths, position_T)
             account = Account(self.config, context.ledger, *here, causal=causal)
+        if self.halts or self.prunes:
+            passed.plan = every_token(packing.lengths, input_T.device)
         if self.halts:
             passed.halted = begin(passed.stream.x_TD, packing.lengths)
         for i, block in enumerate(self.blocks):
-            inside = context if passed.halted is None else context.within(passed.halted.plan)
+            inside = context if passed.plan is None else context.within(passed.plan)
             layer_cache = None if cache is None else cache.layers[i]
             out = self._run(block, passed.stream, inside, layer_cache)
             passed.stream = replace(passed.stream, x_TD=out.x_TD)
@@ -136,10 +145,14 @@ class Backbone(nn.Module):
             passed.halted = finish(passed.stream.x_TD, passed.halted)
             if self.training:
                 # new_full, not new_tensor: a fill does not wait for the device
-                mine = passed.halted.cumulative_T.new_full((), ids_T.numel())
+                mine = passed.halted.cumulative_T.new_full((), packing.tokens)
                 count = self._dispatcher.total(mine)
                 passed.depth.append({"ponder": ponder_loss(passed.halted, count)})
         return passed
+
+    def turn(self, position_T: Tensor) -> Turn:
+        """By what queries and keys at these positions turn."""
+        return turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
 
     def _run(
         self, block: nn.Module, stream: Stream, context: Context, cache: LayerCache | None
@@ -161,12 +174,13 @@ class Backbone(nn.Module):
         if block in self.halts:
             assert passed.halted is not None
             passed.halted, kept = self.halts[block](stream.tokens, passed.halted, context)
-            passed.stream = stream.take(kept)
+            passed.go_on(kept)
         if block in self.prunes:
             prune = cast(Prune, self.prunes[block])
             choice, kept = prune(stream.tokens, stream.packing.lengths, context)
             mass_R = prune.mass(stream.tokens, choice, kept)
-            passed.stream = replace(stream.take(kept), size_T=mass_R)
+            passed.go_on(kept)
+            passed.stream = replace(passed.stream, size_T=mass_R)
 
     @property
     def moes(self) -> list[MoE | None]:
@@ -194,8 +208,8 @@ def _tell(layer: int, passed: Passed, out: BlockOutput, context: Context) -> Non
         return
     if out.choice is not None and out.kept is not None:
         weight_T1, plan = out.choice.weight_TK, out.kept.plan
-    elif passed.halted is not None:
-        plan = passed.halted.plan
+    elif passed.plan is not None:
+        plan = passed.plan
         weight_T1 = (plan.row_TK >= 0).float()
     else:
         return

@@ -33,10 +33,16 @@ class LMOutput:
 
 
 class CausalLM(Backbone):
-    """Args as `Backbone`."""
+    """Args:
+    config: of kind `causal_lm`.
+    vocab: number of token ids V.
+    running: how it is computed.
+    """
 
     def __init__(self, config: ModelConfig, vocab: int, **running: Unpack[Running]) -> None:
-        super().__init__(config, vocab, **running)
+        self.embed: nn.Embedding
+        super().__init__(config, nn.Embedding(vocab, config.dim), **running)
+        self.vocab = vocab
         self.causal = all(moe is None or moe.causal for moe in self.moes)
         tied = config.tie_embeddings
         self.head = None if tied else nn.Linear(config.dim, vocab, bias=False)

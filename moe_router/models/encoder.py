@@ -1,4 +1,5 @@
-"""The text encoder with a classifier on top: packed token ids in, logits per sequence out.
+"""Encoders with a classifier on top: packed tokens in, logits per sequence out; of texts here, of
+images in `vit.py`.
 
 Tokens attend to their whole sequence. What is classified is the mean of its tokens by mass, so a
 pruned token takes no part, and a router that prunes learns from what its tokens weigh.
@@ -34,24 +35,24 @@ class ClassifierOutput:
         return self.logits_BC
 
 
-class TextClassifier(Backbone):
+class Classifier(Backbone):
     """Args:
-    config: of kind `encoder`.
-    vocab: number of token ids.
+    config: of a kind that is not causal.
+    embed: what comes in, to (T, D).
     classes: number of labels C.
     running: how it is computed.
     """
 
     def __init__(
-        self, config: ModelConfig, vocab: int, classes: int, **running: Unpack[Running]
+        self, config: ModelConfig, embed: nn.Module, classes: int, **running: Unpack[Running]
     ) -> None:
-        super().__init__(config, vocab, **running)
+        super().__init__(config, embed, **running)
         self.classes = classes
         self.head = nn.Linear(config.dim, classes)
 
     def forward(
         self,
-        ids_T: Tensor,
+        input_T: Tensor,
         position_T: Tensor,
         offsets_B1: Tensor,
         *,
@@ -60,13 +61,13 @@ class TextClassifier(Backbone):
         """Logits for every sequence.
 
         Args:
-            ids_T, position_T: (T,) integers, packed sequences and positions inside them.
+            input_T, position_T: T tokens of packed sequences, and positions inside them.
             offsets_B1: (B + 1,) int32 cu_seqlens; on the CPU it saves a wait for the device.
             context: noise, ledger, observer of the routed layers.
         """
-        passed = self.through_blocks(ids_T, position_T, offsets_B1, context or Context())
-        pooled_BD = self._pool(passed, offsets_B1.to(ids_T.device))
-        with torch.autocast(ids_T.device.type, enabled=False):
+        passed = self.through_blocks(input_T, position_T, offsets_B1, context or Context())
+        pooled_BD = self._pool(passed, offsets_B1.to(input_T.device))
+        with torch.autocast(input_T.device.type, enabled=False):
             logits_BC = self.head(pooled_BD.to(self.head.weight.dtype))
         return ClassifierOutput(
             logits_BC.float(), tuple(passed.routed), tuple(passed.depth), passed.halted
@@ -89,3 +90,17 @@ class TextClassifier(Backbone):
             if size_T is not None:
                 weight_BT = weight_BT * size_T.to(x_TD.dtype)
             return weight_BT @ x_TD / weight_BT.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+class TextClassifier(Classifier):
+    """Args:
+    config: of kind `encoder`.
+    vocab: number of token ids.
+    classes: number of labels C.
+    running: how it is computed.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocab: int, classes: int, **running: Unpack[Running]
+    ) -> None:
+        super().__init__(config, nn.Embedding(vocab, config.dim), classes, **running)

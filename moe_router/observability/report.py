@@ -20,6 +20,10 @@ from moe_router.observability.report_sample import load_sample
 from moe_router.observability.summary import read_object
 
 SCRIPTS = ("base.js", "chart.js", "heatmap.js", "palette.js", "sample.js", "main.js")
+_LABELLED = {
+    "encoder": ("text classifier", "labelled text"),
+    "vit": ("image classifier", "labelled images"),
+}
 _NATS_TO_BITS = 1.4426950408889634
 
 
@@ -64,7 +68,7 @@ def _parts(run_dir: Path, config: Mapping[str, Any], summary: Mapping[str, Any])
         "load": series.load_maps(iter_rows(run_dir / "load.csv")),
         "moe_layers": _moe_layers(config),
         "byte_tokens": _at(config, "data", "tokenizer") == "bytes",
-        "labels": _at(config, "model", "kind") == "encoder",
+        "labels": _at(config, "model", "kind") in _LABELLED,
         "sample": sample,
     }
     return {
@@ -140,9 +144,7 @@ def _lead(config: Mapping[str, Any]) -> str:
     actors = _at(config, "cluster", "actors") or 1
     on = f"{actors} actors" if actors != 1 else "one actor"
     source = _at(config, "data", "source") or "text"
-    what, data = "language model", source
-    if _at(config, "model", "kind") == "encoder":
-        what, data = "text classifier", "labelled text"
+    what, data = _LABELLED.get(_at(config, "model", "kind"), ("language model", source))
     return f"A {what} of {layers} layers, width {dim}, {kind}, trained on {data} by {on}."
 
 

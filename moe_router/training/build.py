@@ -6,8 +6,15 @@ import torch
 
 from moe_router.config import Config
 from moe_router.dispatch import AllToAll, Dispatcher, Local
-from moe_router.models import CausalLM, TextClassifier, init_parameters
+from moe_router.models import (
+    CausalLM,
+    Classifier,
+    ImageClassifier,
+    TextClassifier,
+    init_parameters,
+)
 from moe_router.models.backbone import Running
+from moe_router.training.data import AnyDataset, ImageDataset
 from moe_router.training.parallel import shard_dense
 
 
@@ -20,29 +27,38 @@ def repeat_bitwise(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def new_model(config: Config, vocab: int, dispatcher: Dispatcher) -> CausalLM | TextClassifier:
+def new_model(config: Config, vocab: int, dispatcher: Dispatcher) -> CausalLM | Classifier:
     """What model.kind names, with weights that nobody has set yet."""
     running: Running = {
         "dispatcher": dispatcher,
         "kernels": config.kernels,
         "activation_checkpointing": config.train.activation_checkpointing,
     }
-    if config.model.kind == "causal_lm":
-        return CausalLM(config.model, vocab, **running)
-    return TextClassifier(config.model, vocab, len(config.data.labels), **running)
+    model, classes = config.model, len(config.data.labels)
+    match model.kind:
+        case "causal_lm":
+            return CausalLM(model, vocab, **running)
+        case "encoder":
+            return TextClassifier(model, vocab, classes, **running)
+        case "vit":
+            assert config.data.image is not None  # the config is checked
+            return ImageClassifier(model, config.data.image, classes, **running)
 
 
 def build_model(
-    config: Config, vocab: int, *, ranks: int, device: torch.device
-) -> CausalLM | TextClassifier:
+    config: Config, dataset: AnyDataset, *, ranks: int, device: torch.device
+) -> CausalLM | Classifier:
     """As initialised by the seed: ranks hold bit for bit the slices of the one-rank model.
 
     Args:
-        vocab: of the tokenizer.
+        dataset: that it is trained on.
         ranks: of the default process group, which must exist when there are several.
     """
-    model = new_model(config, vocab, AllToAll() if ranks > 1 else Local())
+    model = new_model(config, dataset.vocab, AllToAll() if ranks > 1 else Local())
     init_parameters(model, config.run.seed)
+    if isinstance(model, ImageClassifier):
+        assert isinstance(dataset, ImageDataset)
+        model.embed.normalise_by(dataset.mean, dataset.std)
     model.to(device)
     if config.train.dense == "fsdp" and ranks > 1:
         shard_dense(model, ranks)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.config import Config
-from moe_router.models import CausalLM, TextClassifier
+from moe_router.models import CausalLM, Classifier
 from moe_router.models.causal_lm import token_loss
 from moe_router.observability.records import EvalRecord
 from moe_router.training.data import AnyDataset, Batch, Dataset, val_batches
@@ -15,7 +15,7 @@ from moe_router.training.data import AnyDataset, Batch, Dataset, val_batches
 
 @torch.no_grad()
 def evaluate(
-    model: CausalLM | TextClassifier,
+    model: CausalLM | Classifier,
     dataset: AnyDataset,
     config: Config,
     step: int,
@@ -52,7 +52,10 @@ def _measure(logits_NV: Tensor, batch: Batch, dataset: AnyDataset) -> Tensor:
     """fp64 sums over this rank's part: nats, targets, tokens, then bytes or the confusion."""
     target_N = batch.target_N
     nats = token_loss(logits_NV, target_N).double()
-    counts = [nats, *(torch.full_like(nats, n) for n in (target_N.numel(), batch.ids_T.numel()))]
+    counts = [
+        nats,
+        *(torch.full_like(nats, n) for n in (target_N.numel(), batch.position_T.numel())),
+    ]
     if not isinstance(dataset, Dataset):
         C = len(dataset.labels)
         pair_N = target_N * C + logits_NV.argmax(-1)

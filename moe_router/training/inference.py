@@ -8,7 +8,7 @@ from moe_router.config import Config
 from moe_router.config_file import config_from_dict
 from moe_router.dispatch import AllToAll, Local
 from moe_router.errors import NotCausalError
-from moe_router.models import CausalLM, TextClassifier
+from moe_router.models import CausalLM, Classifier
 from moe_router.training.build import new_model
 from moe_router.training.checkpoint_files import STATE, read_about
 from moe_router.training.checkpoint_tensors import read_tensors
@@ -18,7 +18,7 @@ from moe_router.training.state import named_weights
 
 def load_model(
     step_dir: Path, device: torch.device | str = "cpu", *, ranks: int = 1
-) -> tuple[CausalLM | TextClassifier, Config, Tokenizer]:
+) -> tuple[CausalLM | Classifier, Config, Tokenizer]:
     """Read the weights alone.
 
     Args:
@@ -52,7 +52,7 @@ def load_for_inference(
     model, config, tokenizer = load_model(step_dir, device, ranks=ranks)
     if not isinstance(model, CausalLM):
         raise NotCausalError(
-            f"{step_dir}: model.kind={config.model.kind} labels texts and makes none, want a run "
+            f"{step_dir}: model.kind={config.model.kind} gives labels and no text, want a run "
             "of a causal_lm; ask this one with `moe-router eval`"
         )
     return model, config, tokenizer

@@ -70,7 +70,7 @@ class Trainer:
         self._run_dir = run_dir
         repeat_bitwise(self.device)
         with peers_may_be_lost(f"rank {rank}, setting up"):
-            self.model = build_model(config, self.dataset.vocab, ranks=ranks, device=self.device)
+            self.model = build_model(config, self.dataset, ranks=ranks, device=self.device)
             self._writer = CheckpointWriter(rank, ranks, config)
         self._optimizer = make_optimizer(self.model, config.train)
         self._owned = Ownership.of(self.model)
@@ -182,7 +182,7 @@ class Trainer:
         if recorder is not None:
             # tokens are counted through the whole step
             before = micro.key.step % self.config.train.accumulation * batch.tokens
-            recorder.begin(batch.ids_T, batch.position_T, before + batch.first_token)
+            recorder.begin(batch.shown_T, batch.position_T, before + batch.first_token)
         output = self._forward(batch, Context(micro.key, tally.ledger, recorder))
         cross_entropy = token_loss(output.logits, batch.target_N)
         loss = cross_entropy / batch.targets + self.model.aux_loss(output)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moe_router.layers.moe import MoE
-from moe_router.models import CausalLM, TextClassifier
+from moe_router.models import CausalLM, Classifier
 from moe_router.training.peers import is_peer_loss as is_peer_loss  # the actor asks here
 
 BUCKET = 1 << 23  # elements of one all-reduce: 32 MiB of fp32
@@ -64,12 +64,12 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(chain.from_iterable(moe.experts.parameters() for moe in moe_layers(model)))
 
 
-def shard_dense(model: CausalLM | TextClassifier, ranks: int) -> None:
+def shard_dense(model: CausalLM | Classifier, ranks: int) -> None:
     """FSDP2 over all but the experts, which expert parallelism already splits.
 
     Gradients are summed, not averaged: the loss is a share of a global mean.
     """
-    mesh = init_device_mesh(model.embed.weight.device.type, (ranks,))
+    mesh = init_device_mesh(model.norm.weight.device.type, (ranks,))
     experts = set(expert_parameters(model))
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=mesh, ignored_params=experts)

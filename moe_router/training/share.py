@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_router.gating_records import RouterWeights
-from moe_router.models import CausalLM, TextClassifier
+from moe_router.models import CausalLM, Classifier
 from moe_router.placement import Placement
 from moe_router.training.loop import Trainer
 from moe_router.training.parallel import moe_layers
@@ -22,7 +22,7 @@ def agreed(trainer: Trainer, *, epoch: int, step: int) -> dict[str, Any]:
     return facts(trainer.model, trainer.config.run.name, epoch=epoch, step=step)
 
 
-def facts(model: CausalLM | TextClassifier, name: str, *, epoch: int, step: int) -> dict[str, Any]:
+def facts(model: CausalLM | Classifier, name: str, *, epoch: int, step: int) -> dict[str, Any]:
     """The same for a model without a trainer.
 
     Args:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
-from moe_router.models.rope import Turn, rotate, turn_at
+from moe_router.models.rope import Turn, rotate
 from moe_router.types import Tokens
 
 
@@ -39,8 +39,7 @@ def block_delta(block, x_SD, position_S, turn, keep_S, *, causal=True):
 
 
 def turn_of(model, position_S):
-    turn = turn_at(position_S, model.config.dim // model.config.heads, model.config.rope_theta)
-    return Turn(*(x.double() for x in turn))
+    return Turn(*(x.double() for x in model.turn(position_S)))
 
 
 def skip_logits(model, ids_S):

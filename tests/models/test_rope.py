@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe_router.models.rope import rotate, turn_at
+from moe_router.models.rope import rotate, turn_at, turn_in_grid
 
 
 def turned(x_THC, positions, theta=100.0):
@@ -26,3 +26,28 @@ def test_a_product_depends_on_the_distance_alone(shift):
 
 def test_half_precision_is_turned_in_fp32():
     assert turned(torch.randn(1, 2, 8, dtype=torch.bfloat16), [3]).dtype == torch.float32
+
+
+def test_in_a_grid_half_of_the_channels_turn_by_row_and_half_by_column():
+    """A product depends on the distance in rows and that in columns, and on both."""
+    q_1HC, k_1HC = torch.randn(2, 1, 2, 8, generator=torch.Generator().manual_seed(0))
+
+    def product(query, key, width=7):
+        places = (torch.tensor([row * width + column]) for row, column in (query, key))
+        q, k = (
+            rotate(x, turn_in_grid(at, width, 8, 10.0))
+            for x, at in zip((q_1HC, k_1HC), places, strict=True)
+        )
+        return (q * k).sum(-1)
+
+    here = product((2, 3), (1, 1))
+    for shift in ((0, 2), (3, 0), (4, 3)):
+        query, key = ((r + shift[0], c + shift[1]) for r, c in ((2, 3), (1, 1)))
+        torch.testing.assert_close(product(query, key), here, rtol=1e-5, atol=1e-5)
+    for other in ((2, 4), (3, 3), (1, 3)):
+        assert (product(other, (1, 1)) - here).abs().max() > 1e-2
+    # one row is a text whose heads are half as wide
+    row = turn_in_grid(torch.arange(5), 5, 8, 10.0)
+    text = turn_at(torch.arange(5), 4, 10.0)
+    assert torch.equal(row.cos_T1C[..., 2:4], text.cos_T1C[..., :2])
+    assert (row.sin_T1C[..., :2] == 0).all()

@@ -30,6 +30,11 @@ class Batch:
     tokens: int
     targets: int
 
+    @property
+    def shown_T(self) -> Tensor:
+        """(T,) the ids by which a trace names the tokens; patches have none, -1."""
+        return self.ids_T if self.ids_T.dim() == 1 else torch.full_like(self.position_T, -1)
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; the offsets stay, the model reads them on the host."""
         tensors = (self.ids_T, self.target_N, self.position_T)
