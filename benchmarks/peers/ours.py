@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.base import Call, Layer, Peer, Route
-from moe_router_kernels import fused, reference
-from moe_router_kernels.expert_mlp import expert_mlp
+from moe_router_kernels import expert_mlp, gate, reference
+from moe_router_kernels.permute import move_rows
+
+KERNELS = ("triton", "reference")
 
 
 def layer(layer: Layer, train: bool) -> Call:
@@ -15,29 +17,27 @@ def layer(layer: Layer, train: bool) -> Call:
 
 
 def route(logits: Tensor, k: int) -> Route:
-    return lambda: fused.gate_and_plan(logits, k, experts=logits.size(1))["target_TK"]
+    return lambda: gate(logits, k, experts=logits.size(1)).raw_TK
 
 
 def permute(logits: Tensor, k: int, x_TD: Tensor) -> Route:
     def run() -> Tensor:
-        return fused.gate_and_plan(logits, k, experts=logits.size(1), x_TD=x_TD)["target_TK"]
+        made = gate(logits, k, experts=logits.size(1))
+        assert made.plan is not None
+        move_rows(x_TD, made.plan[3])
+        return made.raw_TK
 
     return run
 
 
 def check_route(logits: Tensor, k: int, x_TD: Tensor | None) -> bool:
     """Ids, Plan and rows bit by bit as the reference's, weights to fp32's rounding."""
-    E = logits.size(1)
-    out = fused.gate_and_plan(logits, k, experts=E, x_TD=x_TD)
-    score_TE = reference.score(logits, "softmax")
-    ids_TK = reference.top_k(score_TE, k)
-    plan = reference.plan(ids_TK, E)
-    names = ("src_R", "choice_R", "offsets_G1", "row_TK")
-    same = all(torch.equal(out[name], part) for name, part in zip(names, plan, strict=True))
-    weight_TK = reference.choice_weights(score_TE, ids_TK, True)
-    close = torch.allclose(out["weight_TK"], weight_TK, rtol=1e-5, atol=1e-7)
-    moved = x_TD is None or torch.equal(out["rows_RD"], x_TD[plan[0].long()])
-    return same and close and moved and torch.equal(out["target_TK"], ids_TK)
+    ours, wanted = (gate(logits, k, experts=logits.size(1), kernels=which) for which in KERNELS)
+    assert ours.plan is not None and wanted.plan is not None
+    same = all(torch.equal(one, part) for one, part in zip(ours.plan, wanted.plan, strict=True))
+    close = torch.allclose(ours.weight_TK, wanted.weight_TK, rtol=1e-5, atol=1e-7)
+    moved = x_TD is None or torch.equal(move_rows(x_TD, ours.plan[3]), x_TD[ours.plan[0].long()])
+    return same and close and moved and torch.equal(ours.raw_TK, wanted.raw_TK)
 
 
 PEER = Peer("moe_router", "moe_router", layer, route=route, permute=permute)

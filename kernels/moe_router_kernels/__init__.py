@@ -1,8 +1,20 @@
 """The arithmetic of routing on bare tensors; usable alone with torch.
 
-`reference` is the specification. `ops` are its differentiable, fastest forms.
+`reference` is the specification. The operations here are its differentiable, fastest forms.
 """
 
+from moe_router_kernels.expert_op import expert_mlp, runs_expert_mlp
+from moe_router_kernels.gate_op import Gate, gate, plan_from_ids, within_capacity
 from moe_router_kernels.ops import combine, gather, grouped_mm
 
-__all__ = ["combine", "gather", "grouped_mm"]
+__all__ = [
+    "Gate",
+    "combine",
+    "expert_mlp",
+    "gate",
+    "gather",
+    "grouped_mm",
+    "plan_from_ids",
+    "runs_expert_mlp",
+    "within_capacity",
+]

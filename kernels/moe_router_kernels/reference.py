@@ -4,6 +4,8 @@ T tokens, G groups (experts), K choices per token, R = T * K routed rows, D hidd
 Ids are int32 and -1 means none. Ties go to the lower id; all sorts are stable.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,31 @@ def limit_groups(score_TE: Tensor, expert_groups: int, top_groups: int) -> Tenso
 
 
 def top_k(score_TG: Tensor, k: int) -> Tensor:
-    """(T, K) int32: the ids of the k highest scores, best first."""
-    return score_TG.argsort(dim=-1, descending=True, stable=True)[:, :k].int()
+    """(T, K) int32: the ids of the k highest scores, best first. NaN is lower than any score."""
+    ranked_TG = score_TG.masked_fill(score_TG.isnan(), -1e30)
+    return ranked_TG.argsort(dim=-1, descending=True, stable=True)[:, :k].int()
+
+
+def decide(
+    score_TG: Tensor,
+    k: int,
+    experts: int,
+    bias_E: Tensor | None = None,
+    expert_groups: int = 1,
+    top_groups: int = 1,
+) -> Tensor:
+    """(T, K) int32: the best groups of each token, best first; ids >= experts are null experts.
+
+    Args:
+        bias_E: added for the choice alone, never for the weight.
+        expert_groups, top_groups: of `limit_groups`.
+    """
+    real_TE, null_TZ = score_TG[:, :experts], score_TG[:, experts:]
+    if bias_E is not None:
+        real_TE = real_TE + bias_E
+    if expert_groups > 1:
+        real_TE = limit_groups(real_TE, expert_groups, top_groups)
+    return top_k(torch.cat([real_TE, null_TZ], 1), k)
 
 
 def expert_choice(score_TE: Tensor, capacity: int, sources: int = 1) -> Tensor:
@@ -65,6 +90,55 @@ def choice_weights(score_TG: Tensor, target_TK: Tensor, renormalise: bool) -> Te
     return weight_TK
 
 
+def share(score_TG: Tensor) -> Tensor:
+    """(T, G): scores over their sum, which sigmoids lack."""
+    return score_TG / score_TG.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+def loss_sums(logits_TG: Tensor, score_TG: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the tokens for `balance_loss`, (G,), and for `z_loss`, (1,)."""
+    z_T = wide(logits_TG).logsumexp(-1).square()
+    return share(score_TG).sum(0), z_T.sum()[None]
+
+
+def gate_backward(
+    grad_TK: Tensor,
+    grad_G: Tensor | None,
+    grad_z: Tensor | None,
+    logits_TG: Tensor,
+    target_TK: Tensor,
+    kind: str,
+    renormalise: bool,
+) -> Tensor:
+    """(T, G) gradient of the logits from those of `choice_weights` and of `loss_sums`.
+
+    Args:
+        target_TK: -1 where there is no weight.
+    """
+    logits_TG = wide(logits_TG)
+    score_TG = score(logits_TG, kind)
+    at_TK, none_TK = target_TK.clamp(min=0).long(), target_TK < 0
+    grad_TK = grad_TK.masked_fill(none_TK, 0.0)
+    if renormalise:
+        chosen_TK = score_TG.gather(1, at_TK).masked_fill(none_TK, 0.0)
+        total_T1 = chosen_TK.sum(-1, keepdim=True)
+        mean_T1 = (grad_TK * chosen_TK).sum(-1, keepdim=True) / total_T1.clamp(min=1e-20)
+        mean_T1 = torch.where(total_T1 > 1e-20, mean_T1, 0.0)
+        grad_TK = ((grad_TK - mean_T1) / total_T1.clamp(min=1e-20)).masked_fill(none_TK, 0.0)
+    grad_TG = torch.zeros_like(score_TG).scatter_add_(1, at_TK, grad_TK)
+    if grad_G is not None:
+        total_T1 = score_TG.sum(-1, keepdim=True).clamp(min=1e-20)
+        mean_T1 = (grad_G * score_TG).sum(-1, keepdim=True) / total_T1
+        grad_TG = grad_TG + (grad_G - mean_T1) / total_T1
+    if kind == "softmax":
+        grad_TG = score_TG * (grad_TG - (score_TG * grad_TG).sum(-1, keepdim=True))
+    else:
+        grad_TG = score_TG * (1 - score_TG) * grad_TG
+    if grad_z is not None:
+        grad_TG = grad_TG + 2 * grad_z * logits_TG.logsumexp(-1, True) * logits_TG.softmax(-1)
+    return grad_TG
+
+
 # --- plan ------------------------------------------------------------------------------------
 
 
@@ -87,20 +161,17 @@ def plan(target_TK: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     return src_R, choice_R, offsets_G1, row_TK.view(target_TK.shape)
 
 
-def rank_in_group(target_TK: Tensor, groups: int, order: Tensor, sources: int = 1) -> Tensor:
+def rank_in_group(target_TK: Tensor, groups: int, order: Tensor) -> Tensor:
     """(T, K) int32: how many choices stand before each one in its group, in the order given.
 
     Args:
         order: permutation of the T * K flat choices, first served first.
-        sources: tokens of T / sources neighbours are counted apart.
     """
-    T, K = target_TK.shape
-    source_T = torch.arange(T, device=target_TK.device) // max(T // sources, 1)
-    key = torch.where(target_TK < 0, groups, target_TK).long() + source_T[:, None] * (groups + 1)
-    key, by_key = key.flatten()[order].sort(stable=True)
+    key = torch.where(target_TK < 0, groups, target_TK).flatten()[order]
+    key, by_key = key.sort(stable=True)
     first = torch.searchsorted(key, key)  # where the choice's own group begins
-    rank = torch.arange(T * K, device=key.device) - first
-    return torch.empty_like(rank).scatter_(0, order[by_key], rank).int().view(T, K)
+    rank = torch.arange(key.numel(), device=key.device) - first
+    return torch.empty_like(rank).scatter_(0, order[by_key], rank).int().view(target_TK.shape)
 
 
 def serve_by_position(position_T: Tensor, K: int) -> Tensor:
@@ -184,6 +255,13 @@ def grouped_mm(x_RD: Tensor, w_GDF: Tensor, offsets_G1: Tensor) -> Tensor:
     return torch.cat([*parts, rest])
 
 
+def group_weights(x_RD: Tensor, y_RF: Tensor, offsets_G1: Tensor) -> Tensor:
+    """(G, D, F): x transposed times y over the rows of each group, the gradient of its matrix."""
+    bounds = offsets_G1.tolist()
+    parts = [x_RD[a:b].T @ y_RF[a:b] for a, b in itertools.pairwise(bounds)]
+    return torch.stack(parts) if parts else x_RD.new_zeros(0, x_RD.size(1), y_RF.size(1))
+
+
 # --- losses: each is this rank's share of a sum over all ranks -------------------------------
 
 
@@ -195,22 +273,25 @@ def count(target_TK: Tensor, groups: int) -> Tensor:
     return zeros.scatter_add_(0, key, torch.ones_like(key))[:groups]
 
 
-def balance_loss(probability_TG: Tensor, load_G: Tensor, tokens: Tensor) -> Tensor:
+def balance_loss(share_G: Tensor, load_G: Tensor, tokens: Tensor) -> Tensor:
     """Switch loss: G * sum_g (share of choices of g) * (mean probability of g); 1 when uniform.
 
     Args:
-        probability_TG: fp32, rows sum to 1; this rank's tokens.
+        share_G: fp32, sum of the probabilities of this rank's tokens.
         load_G, tokens: choices of each group and tokens, over all ranks.
 
     Source: Fedus et al. 2021, arXiv:2101.03961, equation 4, with the share over all K choices.
     """
-    share_G = load_G / load_G.sum().clamp(min=1)
-    return load_G.numel() * (share_G * probability_TG.sum(0)).sum() / tokens.clamp(min=1)
+    chosen_G = load_G / load_G.sum().clamp(min=1)
+    return load_G.numel() * (chosen_G * share_G).sum() / tokens.clamp(min=1)
 
 
-def z_loss(logits_TG: Tensor, tokens: Tensor) -> Tensor:
-    """Mean squared log-sum-exp. Source: Zoph et al. 2022, arXiv:2202.08906, equation 5."""
-    return wide(logits_TG).logsumexp(-1).square().sum() / tokens.clamp(min=1)
+def z_loss(z: Tensor, tokens: Tensor) -> Tensor:
+    """Mean squared log-sum-exp, from its sum over this rank's tokens.
+
+    Source: Zoph et al. 2022, arXiv:2202.08906, equation 5.
+    """
+    return z.squeeze() / tokens.clamp(min=1)
 
 
 def sequence_balance_loss(

@@ -6,8 +6,14 @@ from torch import Tensor, nn
 
 from moe_router.config import Kernels
 from moe_router.types import Choice, Plan
-from moe_router_kernels import combine, gather, grouped_mm, reference
-from moe_router_kernels.choose import expert_mlp, runs_expert_mlp
+from moe_router_kernels import (
+    combine,
+    expert_mlp,
+    gather,
+    grouped_mm,
+    reference,
+    runs_expert_mlp,
+)
 
 
 class Experts(nn.Module):
@@ -39,11 +45,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(device):
             x_ND = x_ND.to(torch.get_autocast_dtype(device))
         ways = (plan.src_R, plan.choice_R, plan.offsets_G1, plan.row_TK)
-        if runs_expert_mlp(self.kernels, x_ND, self.gate_up, plan.src_R):
-            # autocast would cast the weights for it, and their gradients back
-            with torch.autocast(device, enabled=False):
-                x_ND = x_ND.contiguous()
-                return expert_mlp(x_ND, choice.weight_TK, self.gate_up, self.down, *ways)
+        if runs_expert_mlp(self.kernels, x_ND, self.gate_up):
+            return expert_mlp(x_ND, choice.weight_TK, self.gate_up, self.down, *ways)
         rows_RD = gather(x_ND, plan.src_R, plan.row_TK)
         y_RD = self._rows(rows_RD, plan.offsets_G1)
         return combine(y_RD, choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)

@@ -10,6 +10,7 @@ from moe_router.layers.experts import Experts
 from moe_router.layers.swiglu import SwiGLU
 from moe_router.placement import Placement
 from moe_router.routing import Context, Router, make_plan
+from moe_router.routing.context import PLAIN
 from moe_router.routing.decide import capacity
 from moe_router.types import Choice, Plan, Routed, Tokens
 
@@ -65,7 +66,7 @@ class MoE(nn.Module):
         Returns:
             Routed; `delta_TD` has the shape of x and does not include the residual.
         """
-        context = context or Context()
+        context = context or PLAIN
         tokens = x if isinstance(x, Tokens) else _packed(x)
         x_TD, recomputing = tokens.x_TD, context.recomputing
         choice = self.router(tokens, context, self.dispatcher.total)

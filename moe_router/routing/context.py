@@ -24,6 +24,10 @@ class PlanMemory:
     def __len__(self) -> int:
         return len(self._held)
 
+    def held(self, name: str) -> Any:
+        """The value held under `name`; None if there is none."""
+        return self._held.get(name)
+
     def recall(self, name: str, make: Callable[[], Held]) -> Held:
         """The value held under `name`; made and held on first use."""
         if name not in self._held:
@@ -45,6 +49,10 @@ class Context:
     ledger: Ledger | None = None
     observe: Observe | None = None
     memory: PlanMemory | None = None
+
+    def held(self, name: str) -> Any:
+        """What `recall` returned under `name` when this pass ran first; None in that run."""
+        return None if self.memory is None else self.memory.held(name)
 
     def recall(self, name: str, make: Callable[[], Held]) -> Held:
         """`make()`, or what it returned when this pass ran first."""
@@ -71,6 +79,10 @@ class Context:
     @property
     def recomputing(self) -> bool:
         return bool(self.memory)
+
+
+PLAIN = Context()
+"""Of a pass that nobody watches; a global, for torch.compile cannot make a Context."""
 
 
 def _by_token(choice: Choice, rows: Plan, plan: Plan) -> tuple[Choice, Plan]:

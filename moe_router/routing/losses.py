@@ -6,13 +6,17 @@ from torch import Tensor
 from moe_router.config import RouterConfig
 from moe_router.routing.context import Context
 from moe_router.types import Tokens, Total
-from moe_router_kernels import reference
+from moe_router_kernels import Gate, reference
+
+
+def wants_sums(config: RouterConfig) -> bool:
+    """Whether a loss needs the sums of the gate."""
+    return bool(config.balance_loss or config.z_loss)
 
 
 def router_losses(
     logits_TG: Tensor,
-    score_TG: Tensor,
-    target_TK: Tensor,
+    made: Gate,
     chosen_G: Tensor | None,
     tokens: Tokens,
     config: RouterConfig,
@@ -22,33 +26,33 @@ def router_losses(
     """Losses whose coefficient is not 0.
 
     Args:
-        logits_TG, score_TG: (T, E + Z) fp32.
-        target_TK: (T, K) int32, raw choices, null experts included if a loss is by sequence.
-        chosen_G: (E + Z,) int64, choices of each group if they are known already.
+        logits_TG: (T, E + Z) fp32.
+        made: of the gate, with sums if `wants_sums`.
+        chosen_G: (E + Z,) choices of each group if they are known already.
         total: sums a tensor over all ranks; called once.
     """
-    if not (config.balance_loss or config.z_loss or config.sequence_balance_loss):
+    if not (wants_sums(config) or config.sequence_balance_loss):
         return {}
-    G = score_TG.size(1)
+    T, G = logits_TG.shape
 
     def over_all_ranks() -> Tensor:
-        load_G = chosen_G if chosen_G is not None else reference.count(target_TK, G)
+        load_G = reference.count(made.raw_TK, G) if chosen_G is None else chosen_G.long()
         # new_full, not tensor([...]): a fill does not wait for the device
-        T, B = (load_G.new_full((1,), n) for n in (len(target_TK), len(tokens.offsets_B1) - 1))
-        return total(torch.cat([load_G, T, B]))
+        counts = (load_G.new_full((1,), n) for n in (T, len(tokens.offsets_B1) - 1))
+        return total(torch.cat([load_G, *counts]))
 
     counts = context.recall("counts", over_all_ranks)
     load_G, token_count, sequence_count = counts[:G], counts[G], counts[G + 1]
-    probability_TG = score_TG / score_TG.sum(-1, keepdim=True).clamp(min=1e-20)
     losses = {}
     if config.balance_loss:
         load_G = _share_nulls(load_G.float(), config.experts)
-        losses["balance"] = reference.balance_loss(probability_TG, load_G, token_count)
+        losses["balance"] = reference.balance_loss(made.share_G, load_G, token_count)
     if config.z_loss:
-        losses["z"] = reference.z_loss(logits_TG, token_count)
+        losses["z"] = reference.z_loss(made.z, token_count)
     if config.sequence_balance_loss:
+        share_TG = reference.share(reference.score(logits_TG, config.score))
         losses["sequence_balance"] = reference.sequence_balance_loss(
-            probability_TG, target_TK, tokens.offsets_B1, sequence_count
+            share_TG, made.raw_TK, tokens.offsets_B1, sequence_count
         )
     return losses
 

@@ -1,7 +1,9 @@
 """From choices to rows: who gets a row, and where it lies."""
 
+import torch
 from torch import Tensor
 
+import moe_router_kernels as kernels
 from moe_router.config import require
 from moe_router.types import Choice, Plan
 from moe_router_kernels import reference
@@ -14,7 +16,7 @@ def plan_from_ids(target_TK: Tensor, groups: int, rows: int | None = None) -> Pl
         target_TK: (T, K) int32 in [-1, groups); -1 gets no row.
         rows: a bound R that is known to be enough; default: T * K.
     """
-    src_R, choice_R, offsets_G1, row_TK = reference.plan(target_TK, groups)
+    src_R, choice_R, offsets_G1, row_TK = kernels.plan_from_ids(target_TK, groups)
     return Plan(src_R[:rows], choice_R[:rows], offsets_G1, row_TK)
 
 
@@ -52,6 +54,10 @@ def make_plan(
         else:
             require(drop == "score", "drop", drop, "position or score")
             order = reference.serve_by_score(choice.weight_TK.detach())
-        rank_TK = reference.rank_in_group(target_TK, groups, order, sources)
-        target_TK = target_TK.masked_fill(rank_TK >= capacity, -1)
+        apart_TK = target_TK
+        if sources > 1:
+            source_T = torch.arange(T, device=target_TK.device, dtype=torch.int32) // (T // sources)
+            apart_TK = torch.where(target_TK < 0, -1, target_TK + source_T[:, None] * groups)
+        kept_TK = kernels.within_capacity(apart_TK, groups * sources, order, capacity)
+        target_TK = target_TK.masked_fill(kept_TK < 0, -1)
     return plan_from_ids(target_TK, groups)

@@ -1,4 +1,4 @@
-"""The router: score, decide, weigh. One module for experts now, for depth and attention next."""
+"""The router: score, decide, weigh."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Self
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from moe_router.config import Kernels, RouterConfig
 from moe_router.errors import ConfigError
-from moe_router.routing.context import Context
-from moe_router.routing.decide import decide, weigh
-from moe_router.routing.losses import router_losses
+from moe_router.routing.context import PLAIN, Context
+from moe_router.routing.decide import capacity, weigh
+from moe_router.routing.losses import router_losses, wants_sums
 from moe_router.routing.score import make_score
 from moe_router.types import Choice, NoiseKey, Plan, Tokens, Total, same
-from moe_router_kernels import reference
-from moe_router_kernels.choose import gate_and_plan, limits_groups, runs_triton
+from moe_router_kernels import Gate, gate, reference
+from moe_router_kernels.choose import runs_triton
 
 
 class _Decided(NamedTuple):
-    """Raw choices, ids >= E being null experts, or -1 where the fused kernel decided, which
-    then also says how often each group was chosen, and plans."""
+    """What a recomputed pass must decide again: raw choices, ids >= E being null experts and -1
+    none; how often each group was chosen, and the Plan, where the gate made them."""
 
     raw_TK: Tensor
     load_G: Tensor | None
@@ -64,55 +64,46 @@ class Router(nn.Module):
         Returns:
             Choice over E groups; K = top_k, or E for expert choice.
         """
-        context = context or Context()
+        context = context or PLAIN
         config = self.config
         with torch.autocast(tokens.x_TD.device.type, enabled=False):
             x_TD = self._jitter(reference.wide(tokens.x_TD), context.key)
             logits_TG = self.score(x_TD, tokens.position_T)
-            score_TG = reference.score(logits_TG, config.score)
-            made = context.recall("target", lambda: self._decide(logits_TG, score_TG))
-            target_TK = made.raw_TK.masked_fill(made.raw_TK >= config.experts, -1)
-            weight_TK = weigh(score_TG, target_TK, config)
-            choices = (made.raw_TK, made.load_G)
-            losses = router_losses(logits_TG, score_TG, *choices, tokens, config, context, total)
-        return Choice(target_TK, weight_TK, losses, made.plan)
+            made = self._gate(logits_TG, context.held("decided"))
+            plan = None if made.plan is None else Plan(*made.plan)
+            decided = context.recall("decided", lambda: _Decided(made.raw_TK, made.load_G, plan))
+            target_TK = made.raw_TK
+            if config.null_experts:
+                target_TK = target_TK.masked_fill(target_TK >= config.experts, -1)
+            weight_TK = weigh(made.weight_TK, target_TK, config)
+            losses = router_losses(logits_TG, made, decided.load_G, tokens, config, context, total)
+        return Choice(target_TK, weight_TK, losses, decided.plan)
 
-    @torch.no_grad()
-    def _decide(self, logits_TG: Tensor, score_TG: Tensor) -> "_Decided":
+    def _gate(self, logits_TG: Tensor, decided: _Decided | None) -> Gate:
+        """Decide and weigh, or weigh what was decided before."""
         config = self.config
-        bias_E = self.bias_E if config.bias_rate > 0 else None
-        if not self._fuses(logits_TG):
-            raw_TK = decide(score_TG, bias_E, config)
-            return _Decided(raw_TK, None, None)
-        out = gate_and_plan(
-            logits_TG,
-            config.top_k,
-            experts=config.experts,
-            score=config.score,
-            bias_E=bias_E,
-            expert_groups=config.expert_groups,
-            top_groups=config.top_groups,
-        )
-        plan = Plan(out["src_R"], out["choice_R"], out["offsets_G1"], out["row_TK"])
-        return _Decided(out["target_TK"], out["load_G"].long(), plan)
-
-    def _fuses(self, logits_TG: Tensor) -> bool:
-        """Whether the fused kernel decides: it is asked for, runs here, and covers the config."""
-        config, runs = self.config, runs_triton(logits_TG.device)
-        if self.kernels == "triton" and not runs:
+        if self.kernels == "triton" and not runs_triton(logits_TG.device):
             raise ConfigError(
                 f"kernels=triton on {logits_TG.device}: want a GPU and Triton, or "
                 "TRITON_INTERPRET=1; set kernels=auto"
             )
-        by_sequence = config.null_experts > 0 and config.sequence_balance_loss > 0
-        limits = limits_groups(logits_TG.size(1), config.experts, config.expert_groups)
-        covered = config.policy == "top_k" and limits and not by_sequence
-        return covered and runs and self._wants(logits_TG)
-
-    def _wants(self, logits_TG: Tensor) -> bool:
-        exact = logits_TG.dtype == torch.float32  # fp64, which tests use, stays with the reference
-        return exact and (
-            self.kernels == "triton" or (self.kernels == "auto" and logits_TG.is_cuda)
+        given_TK = None if decided is None else decided.raw_TK
+        if given_TK is None and config.policy == "expert_choice":
+            score_TG = reference.score(logits_TG.detach(), config.score)
+            rows = capacity(score_TG.size(0), config)
+            given_TK = reference.expert_choice(score_TG[:, : config.experts], rows)
+        return gate(
+            logits_TG,
+            config.top_k,
+            experts=config.experts,
+            score=config.score,
+            renormalise=config.renormalise,
+            bias_E=self.bias_E if config.bias_rate > 0 else None,
+            expert_groups=config.expert_groups,
+            top_groups=config.top_groups,
+            given_TK=given_TK,
+            sums=wants_sums(config),
+            kernels=self.kernels,
         )
 
     def _jitter(self, x_TD: Tensor, key: NoiseKey) -> Tensor:

@@ -17,20 +17,21 @@ from triton.backends import nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from moe_router_kernels import fused, grouped, tiles, unpermute  # noqa: E402
+from moe_router_kernels import fused_gate, grouped, permute, planning, tiles  # noqa: E402
 
 BIN = Path(nvidia.__file__).parent / "bin"
 INTS, FLOATS = "*i32", "*fp32"
-GATE = dict.fromkeys(["logits_ptr", "bias_ptr", "weight_ptr"], FLOATS)
-GATE |= dict.fromkeys(["target_ptr", "rank_ptr", "load_ptr"], INTS)
-GATE |= dict.fromkeys(["T", "G", "E", "blocks"], "i32")
-PLACE = dict.fromkeys(["target_ptr", "rank_ptr", "before_ptr", "total_ptr"], INTS)
-PLACE |= dict.fromkeys(["src_ptr", "choice_ptr", "offsets_ptr", "row_ptr"], INTS)
-PLACE |= dict.fromkeys(["R", "E", "blocks"], "i32")
-MOVE = {"x_ptr": "*bf16", "row_ptr": INTS, "rows_ptr": "*bf16"}
-MOVE |= dict.fromkeys(["T", "D", "stride_x"], "i32")
-SCAN = dict.fromkeys(["load_ptr", "before_ptr", "total_ptr"], INTS)
-SCAN |= {"blocks": "i32"}
+TYPES = dict.fromkeys(
+    ["logits_ptr", "bias_ptr", "weight_ptr", "share_ptr", "shares_ptr", "z_ptr", "zs_ptr"], FLOATS
+)
+TYPES |= dict.fromkeys(
+    ["grad_weight_ptr", "grad_share_ptr", "grad_z_ptr", "grad_logits_ptr", "dot_ptr"], FLOATS
+)
+TYPES |= dict.fromkeys(["raw_ptr", "target_ptr", "rank_ptr", "load_ptr", "before_ptr"], INTS)
+TYPES |= dict.fromkeys(["total_ptr", "src_ptr", "choice_ptr", "offsets_ptr", "row_ptr"], INTS)
+TYPES |= dict.fromkeys(["order_ptr", "kept_ptr"], INTS)
+TYPES |= dict.fromkeys(["x_ptr", "rows_ptr", "y_ptr", "out_ptr", "grad_ptr"], "*bf16")
+TYPES |= dict.fromkeys(["T", "G", "E", "R", "D", "blocks", "capacity", "stride_x"], "i32")
 
 
 def machine_code(kernel, types, constants, tmp_path, aligned=(), **options):
@@ -51,33 +52,65 @@ def spills(sass):
     return sass.count("LDL") + sass.count("STL")
 
 
-def spilled(*kernel):
+def spilled(kernel, constants, tmp_path, types=TYPES):
     """Spill instructions in the machine code."""
-    return spills(machine_code(*kernel))
+    return spills(machine_code(kernel, types, constants, tmp_path))
 
 
 @pytest.mark.parametrize("groups, k, block", [(8, 2, 16), (128, 8, 8), (128, 8, 16)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_gate(groups, k, block, biased, tmp_path):
+@pytest.mark.parametrize("given", [False, True])
+def test_gate(groups, k, block, biased, given, tmp_path):
     constants = {"K": k, "K_PAD": k, "G_PAD": groups, "BLOCK_T": block}
     constants |= {"SOFTMAX": not biased, "BIASED": biased, "RENORMALISE": True}
-    constants |= {"GROUPS": 4 if biased else 1, "TOP_GROUPS": 2}
-    assert spilled(fused._gate_kernel, GATE, constants, tmp_path) <= 16
+    constants |= {"GROUPS": 4 if biased else 1, "TOP_GROUPS": 2, "GIVEN": given, "SUMS": biased}
+    assert spilled(fused_gate._gate_kernel, constants, tmp_path) <= 16
+
+
+@pytest.mark.parametrize("groups, k, block", [(8, 2, 16), (128, 8, 16), (512, 16, 4)])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_gate_backward(groups, k, block, softmax, tmp_path):
+    constants = {"K": k, "K_PAD": k, "G_PAD": groups, "BLOCK_T": block}
+    constants |= {"SOFTMAX": softmax, "RENORMALISE": True, "SUMS": True}
+    assert spilled(fused_gate._gate_backward_kernel, constants, tmp_path) == 0
 
 
 @pytest.mark.parametrize("groups, k", [(8, 2), (128, 8)])
 def test_place(groups, k, tmp_path):
-    constants = {"K": k, "E_PAD": groups, "BLOCK_T": 16, "BLOCK_R": 1024}
-    assert spilled(fused._place_kernel, PLACE, constants, tmp_path) == 0
+    constants = {"K": k, "E_PAD": groups, "PER_BLOCK": 16 * k, "BLOCK_R": 1024}
+    assert spilled(planning._place_kernel, constants, tmp_path) == 0
+
+
+@pytest.mark.parametrize("groups, block", [(8, 256), (128, 64), (512, 16)])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_rank(groups, block, ordered, tmp_path):
+    constants = {"BLOCK": block, "G_PAD": groups, "ORDERED": ordered}
+    assert spilled(planning._rank_kernel, constants, tmp_path) == 0
 
 
 def test_scan(tmp_path):
-    assert spilled(fused._scan_kernel, SCAN, {"BLOCK_N": 2048}, tmp_path) == 0
+    constants = {"BLOCK_N": 2048, "SUMS": True}
+    assert spilled(planning._scan_kernel, constants, tmp_path) == 0
+
+
+def test_drop(tmp_path):
+    constants = {"PER_BLOCK": 64, "BLOCK": 1024}
+    assert spilled(planning._drop_kernel, constants, tmp_path) == 0
 
 
 def test_move(tmp_path):
     constants = {"K": 8, "BLOCK_T": 8, "BLOCK_D": 256}
-    assert spilled(fused._move_kernel, MOVE, constants, tmp_path) == 0
+    assert spilled(permute._move_kernel, constants, tmp_path) == 0
+
+
+def test_combine(tmp_path):
+    constants = {"K": 8, "WEIGHTED": True, "BLOCK_T": 1, "BLOCK_D": 1024}
+    assert spilled(permute._combine_kernel, constants, tmp_path) == 0
+
+
+def test_combine_backward(tmp_path):
+    constants = {"BLOCK_R": 1, "BLOCK_D": 1024}
+    assert spilled(permute._combine_backward_kernel, constants, tmp_path) == 0
 
 
 HALF = "*bf16"
@@ -139,11 +172,4 @@ def test_tile_table(tmp_path):
     types |= {"G": "i32", "bound": "i32"}
     constants = {"BLOCK_M": 128, "G_PAD": 512, "BLOCK_N": 64}
     # a table of 512 groups is wider than the registers; it is read once a Plan
-    assert spilled(grouped._tile_table_kernel, types, constants, tmp_path) <= 1024
-
-
-def test_combine(tmp_path):
-    types = {"y_ptr": HALF, "weight_ptr": FLOATS, "row_ptr": INTS, "out_ptr": HALF}
-    types |= {"T": "i32", "D": "i32"}
-    constants = {"K": 8, "WEIGHTED": True, "BLOCK_T": 1, "BLOCK_D": 1024}
-    assert spilled(unpermute._combine_kernel, types, constants, tmp_path) == 0
+    assert spilled(grouped._tile_table_kernel, constants, tmp_path, types) <= 1024

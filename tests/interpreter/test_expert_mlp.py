@@ -12,10 +12,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
-from moe_router_kernels import grouped  # noqa: E402
-from moe_router_kernels.expert_mlp import expert_mlp  # noqa: E402
+from moe_router_kernels import expert_op, grouped  # noqa: E402
+from moe_router_kernels.expert_op import expert_mlp  # noqa: E402
+from moe_router_kernels.permute import combine_rows  # noqa: E402
 from moe_router_kernels.tiles import Tile  # noqa: E402
-from moe_router_kernels.unpermute import combine_rows  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # bf16 in the interpreter is wrong without a word, so it is for the GPU alone
@@ -106,6 +106,28 @@ def test_without_gradients_the_result_is_the_same_and_nothing_is_kept():
         assert torch.equal(expert_mlp(*leaves, *plan), wanted)
     detached = [leaf.detach() for leaf in leaves]
     assert torch.equal(expert_mlp(*detached, *plan), wanted)
+
+
+def test_the_operation_keeps_to_what_its_fake_says():
+    leaves, plan, _ = tensors(12, 32, 16, 4, 2, "uniform", torch.float32)
+    cast = [leaf.detach() for leaf in leaves[2:]]
+    torch.library.opcheck(expert_op._expert_mlp, (*leaves, *cast, *plan, True))
+
+
+@pytest.mark.parametrize(
+    "which, shape, message",
+    [
+        (0, (12, 31), r"x_TD: got \(12, 31\) on .*, want \(12, 32\)"),
+        (1, (12, 3), r"weight_TK: got \(12, 3\) on .*, want \(12, 2\)"),
+        (2, (4, 31, 32), r"gate_up: got \(4, 31, 32\) on .*, want \(4, 30, 32\)"),
+        (3, (5, 32, 16), r"down: got \(5, 32, 16\) on .*, want \(4, 32, 16\)"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(which, shape, message):
+    leaves, plan, _ = tensors(12, 32, 16, 4, 2, "uniform", torch.float32)
+    leaves[which] = torch.zeros(shape, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(*leaves, *plan)
 
 
 def test_weights_of_fp32_get_gradients_of_fp32():

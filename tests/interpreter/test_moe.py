@@ -8,12 +8,11 @@ import torch
 from moe_router import MoE, MoEConfig
 from moe_router.errors import ConfigError
 from moe_router.routing import Context, PlanMemory
-from moe_router_kernels import choose
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
-fused = pytest.importorskip("moe_router_kernels.fused")
+fused_gate = pytest.importorskip("moe_router_kernels.fused_gate")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 VARIANTS = {
     "softmax": {"z_loss": 0.1},
@@ -21,6 +20,7 @@ VARIANTS = {
     "null": {"null_experts": 3, "balance_loss": 0.5},
     "sequence": {"sequence_balance_loss": 0.3},
     "capacity": {"capacity_factor": 0.7},
+    "expert_choice": {"policy": "expert_choice", "balance_loss": 0.5},
     "groups": {"expert_groups": 4, "top_groups": 2, "score": "sigmoid", "bias_rate": 0.1},
     "straight_through": {"straight_through": True, "jitter": 0.3},
 }
@@ -41,11 +41,15 @@ def result(moe, x, memory=None):
 
 @pytest.fixture
 def launches(monkeypatch):
+    """What the kernel was asked: to decide, or to weigh what is given."""
     seen = []
-    inner = choose.gate_and_plan
-    monkeypatch.setattr(
-        "moe_router.routing.router.gate_and_plan", lambda *a, **k: seen.append(1) or inner(*a, **k)
-    )
+    inner = fused_gate.gate
+
+    def gate(*args, **more):
+        seen.append("weigh" if more.get("given_TK") is not None else "decide")
+        return inner(*args, **more)
+
+    monkeypatch.setattr(fused_gate, "gate", gate)
     return seen
 
 
@@ -53,9 +57,10 @@ def launches(monkeypatch):
 def test_equals_the_reference(name, launches):
     x = torch.randn(3, 15, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     ours, grads = result(layer("triton", **VARIANTS[name]), x)
-    assert len(launches) == 1
+    asked = "weigh" if name == "expert_choice" else "decide"
+    assert launches == [asked]
     wanted, wanted_grads = result(layer("reference", **VARIANTS[name]), x)
-    assert len(launches) == 1
+    assert launches == [asked]
     assert torch.equal(ours.choice.target_TK, wanted.choice.target_TK)
     for field in ("src_R", "choice_R", "offsets_G1", "row_TK"):
         assert torch.equal(getattr(ours.plan, field), getattr(wanted.plan, field)), field
@@ -71,19 +76,21 @@ def test_recomputing_takes_the_saved_decision(launches):
     first, _ = result(moe, x, memory)
     moe.router.score.weight.data.neg_()
     again, _ = result(moe, x, memory)
-    assert len(launches) == 1 and again.plan is first.plan
+    assert launches == ["decide", "weigh"] and again.plan is first.plan
+    assert torch.equal(again.choice.target_TK, first.choice.target_TK)
 
 
 def test_what_the_kernel_does_not_cover_is_left_to_the_reference(launches):
     uneven = {"expert_groups": 4, "top_groups": 2, "null_experts": 1}
-    for variant in ({"policy": "expert_choice"}, uneven):
-        result(layer("triton", **variant), torch.randn(6, 16).to(DEVICE))
+    result(layer("triton", **uneven), torch.randn(6, 16).to(DEVICE))
     assert not launches
+    result(layer("triton", policy="expert_choice"), torch.randn(6, 16).to(DEVICE))
+    assert launches == ["weigh"]
 
 
 def test_no_tokens(launches):
     routed = layer("triton")(torch.zeros(0, 16, device=DEVICE))
-    assert routed.delta_TD.shape == (0, 16) and len(launches) == 1
+    assert routed.delta_TD.shape == (0, 16) and launches == ["decide"]
 
 
 def test_triton_where_it_does_not_run_says_so(monkeypatch):

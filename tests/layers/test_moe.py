@@ -150,6 +150,28 @@ def test_reference_kernels_give_the_same_layer():
     torch.testing.assert_close(fast(x).delta_TD, slow(x).delta_TD)
 
 
+@pytest.mark.parametrize(
+    "name", ["softmax", "bias", "null", "shared", "drop_position", "expert_choice", "jitter"]
+)
+def test_torch_compiles_the_whole_layer_into_one_graph(name):
+    moe = layer(**VARIANTS[name], z_loss=0.1).float()
+
+    def run(x):
+        routed = moe(x)
+        return routed.delta_TD, moe.aux_loss(routed.choice)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 9, 10, requires_grad=True)
+    seen = []
+    for call in (compiled, run):
+        delta, loss = call(x)
+        leaves = [x, *(p for p in moe.parameters() if p.requires_grad)]
+        seen.append((delta, loss, *torch.autograd.grad(delta.square().sum() + loss, leaves)))
+    for ours, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
 def test_a_placement_of_other_experts_is_refused():
     config = MoEConfig(experts=8, top_k=2, hidden=6)
     with pytest.raises(ConfigError, match="placement of 4 experts on 1 ranks: want 8 on 1"):

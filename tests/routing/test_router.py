@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moe_router.config import RouterConfig
 from moe_router.errors import ConfigError
 from moe_router.routing import Context, PlanMemory, Router
-from moe_router.routing.decide import capacity, decide, weigh
+from moe_router.routing.decide import capacity
 from moe_router.types import NoiseKey, Tokens
 
 
@@ -37,10 +37,14 @@ def test_weights_are_the_scores_of_the_chosen(score, renormalise):
 
 def test_bias_moves_the_choice_but_not_the_weight():
     config = RouterConfig(experts=3, top_k=1, renormalise=False, bias_rate=0.1)
-    score_TE = torch.tensor([[0.5, 0.3, 0.2]])
-    target_TK = decide(score_TE, torch.tensor([0.0, 0.0, 0.4]), config)
-    assert target_TK.tolist() == [[2]]
-    assert weigh(score_TE, target_TK, config).tolist() == [[pytest.approx(0.2)]]
+    router = Router(3, config)
+    router.score.weight.data = torch.eye(3)
+    router.bias_E += torch.tensor([0.0, 0.0, 0.4])
+    offsets_B1 = torch.tensor([0, 1], dtype=torch.int32)
+    logits_TE = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    choice = router(Tokens(logits_TE, torch.zeros(1, dtype=torch.int32), offsets_B1))
+    assert choice.target_TK.tolist() == [[2]]
+    assert choice.weight_TK.tolist() == [[pytest.approx(0.2)]]
 
 
 def test_bias_update_lifts_the_starved_and_is_kept_in_the_state_only_when_used():

@@ -1,0 +1,317 @@
+"""Triton: from logits to choices and their weights, and back. Specification: `reference`.
+
+One launch decides for a block of tokens: scores, top-k, weights, how often the block chose each
+group, how many tokens of the block stand before each choice in its group, and what the block adds
+to the sums of the losses. `plan` turns the counts into rows. No sort, no atomics, nothing waits for
+the host. The backward pass is one launch.
+
+Not covered: group-limited choice over numbers that are no powers of two.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _load_logits(  # type: ignore[no-untyped-def]
+    logits_ptr, token, T, G, G_PAD: tl.constexpr
+):
+    """fp32, -inf past the last group and the last token."""
+    group = tl.arange(0, G_PAD)
+    inside = (token < T)[:, None] & (group < G)[None, :]
+    at = token.to(tl.int64)[:, None] * G + group[None, :]
+    return tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _softmax(logits, live):  # type: ignore[no-untyped-def]
+    """Probabilities, and the log of the sum they are divided by."""
+    top = tl.where(live, tl.max(logits, 1), 0.0)
+    power = tl.exp(logits - top[:, None])
+    total = tl.where(live, tl.sum(power, 1), 1.0)
+    return power / total[:, None], top + tl.log(total)
+
+
+@triton.jit
+def _sigmoid(logits):  # type: ignore[no-untyped-def]
+    return 1.0 / (1.0 + tl.exp(-logits))  # 0 where the logit is -inf
+
+
+@triton.jit
+def _limit_groups(  # type: ignore[no-untyped-def]
+    ranked,
+    BLOCK_T: tl.constexpr,
+    G_PAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+):
+    """-inf outside each token's best groups; a group is worth its two best experts."""
+    size: tl.constexpr = G_PAD // GROUPS
+    grouped = ranked.reshape(BLOCK_T, GROUPS, size)
+    first, at = tl.max(grouped, 2, return_indices=True)
+    others = tl.where(tl.arange(0, size)[None, None, :] == at[:, :, None], float("-inf"), grouped)
+    worth = first + tl.max(others, 2)
+    kept = tl.zeros((BLOCK_T, GROUPS), tl.int32)
+    for _ in tl.static_range(TOP_GROUPS):
+        best = tl.argmax(worth, 1)
+        here = tl.arange(0, GROUPS)[None, :] == best[:, None]
+        kept = tl.where(here, 1, kept)
+        worth = tl.where(here, float("-inf"), worth)
+    grouped = tl.where(kept[:, :, None] > 0, grouped, float("-inf"))
+    return grouped.reshape(BLOCK_T, G_PAD)
+
+
+@triton.jit
+def _gate_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    bias_ptr,
+    raw_ptr,
+    weight_ptr,
+    rank_ptr,
+    load_ptr,  # (G, blocks)
+    share_ptr,  # (G, blocks) fp32, if SUMS
+    z_ptr,  # (blocks,) fp32, if SUMS
+    T,
+    G,
+    E,
+    blocks,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    BIASED: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    GROUPS: tl.constexpr,  # of neighbouring experts; 1 is no limit
+    TOP_GROUPS: tl.constexpr,
+    GIVEN: tl.constexpr,  # the choices are read, not made
+    SUMS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    token = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    group = tl.arange(0, G_PAD)
+    live = token < T
+    logits = _load_logits(logits_ptr, token, T, G, G_PAD)
+    if SOFTMAX:
+        score, log_total = _softmax(logits, live)
+    else:
+        score = _sigmoid(logits)
+    load_at = group.to(tl.int64) * blocks + block
+    if SUMS:
+        share = score
+        if not SOFTMAX:
+            share = score / tl.maximum(tl.sum(score, 1), 1e-20)[:, None]
+            _, log_total = _softmax(logits, live)
+        tl.store(share_ptr + load_at, tl.sum(tl.where(live[:, None], share, 0.0), 0), group < G)
+        tl.store(z_ptr + block, tl.sum(tl.where(live, log_total * log_total, 0.0), 0))
+
+    slot = tl.arange(0, K_PAD)
+    keep = live[:, None] & (slot < K)[None, :]
+    out = token.to(tl.int64)[:, None] * K + slot[None, :]
+    if GIVEN:
+        raw = tl.load(raw_ptr + out, mask=keep, other=-1)
+        weights = tl.gather(score, tl.maximum(tl.minimum(raw, G_PAD - 1), 0), 1)
+    else:
+        ranked = score
+        if BIASED:
+            bias = tl.load(bias_ptr + group, mask=group < E, other=0.0)
+            ranked = score + bias[None, :]
+        # NaN is lower than any score, so that a choice is always a group
+        ranked = tl.where(ranked == ranked, ranked, -1e30)
+        ranked = tl.where((group < G)[None, :], ranked, float("-inf"))
+        if GROUPS > 1:
+            ranked = _limit_groups(ranked, BLOCK_T, G_PAD, GROUPS, TOP_GROUPS)
+        raw = tl.zeros((BLOCK_T, K_PAD), tl.int32)
+        chosen = tl.zeros((BLOCK_T, G_PAD), tl.int32)
+        for k in tl.static_range(K):
+            best = tl.argmax(ranked, 1)
+            here = group[None, :] == best[:, None]
+            ranked = tl.where(here, float("-inf"), ranked)
+            raw = tl.where((slot == k)[None, :], best[:, None], raw)
+            chosen += (here & live[:, None]).to(tl.int32)
+        weights = tl.gather(score, raw, 1)
+        # a token chooses a group at most once, so its rank in the group counts earlier tokens
+        rank = tl.gather(tl.cumsum(chosen, 0) - chosen, raw, 1)
+        tl.store(raw_ptr + out, raw, mask=keep)
+        tl.store(rank_ptr + out, rank, mask=keep)
+        tl.store(load_ptr + load_at, tl.sum(chosen, 0), mask=group < G)
+    real = keep & (raw >= 0) & (raw < E)  # the groups past E are null experts: no row, no weight
+    weights = tl.where(real, weights, 0.0)
+    if RENORMALISE:
+        weights = weights / tl.maximum(tl.sum(weights, 1), 1e-20)[:, None]
+    tl.store(weight_ptr + out, weights, mask=keep)
+
+
+@triton.jit
+def _gate_backward_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    raw_ptr,
+    grad_weight_ptr,  # (T, K) fp32
+    grad_share_ptr,  # (G,) fp32, if SUMS
+    grad_z_ptr,  # () fp32, if SUMS
+    grad_logits_ptr,
+    T,
+    G,
+    E,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    group, slot = tl.arange(0, G_PAD), tl.arange(0, K_PAD)
+    live = token < T
+    logits = _load_logits(logits_ptr, token, T, G, G_PAD)
+    if SOFTMAX:
+        score, log_total = _softmax(logits, live)
+    else:
+        score = _sigmoid(logits)
+    keep = live[:, None] & (slot < K)[None, :]
+    at = token.to(tl.int64)[:, None] * K + slot[None, :]
+    raw = tl.load(raw_ptr + at, mask=keep, other=-1)
+    real = keep & (raw >= 0) & (raw < E)
+    grad = tl.load(grad_weight_ptr + at, mask=keep, other=0.0)
+    grad = tl.where(real, grad, 0.0)
+    if RENORMALISE:
+        chosen = tl.gather(score, tl.maximum(tl.minimum(raw, G_PAD - 1), 0), 1)
+        chosen = tl.where(real, chosen, 0.0)
+        total = tl.sum(chosen, 1)
+        mean = tl.sum(grad * chosen, 1) / tl.maximum(total, 1e-20)
+        mean = tl.where(total > 1e-20, mean, 0.0)
+        grad = tl.where(real, (grad - mean[:, None]) / tl.maximum(total, 1e-20)[:, None], 0.0)
+    of_score = tl.zeros((BLOCK_T, G_PAD), tl.float32)
+    for k in tl.static_range(K):
+        here = (slot == k)[None, :]
+        id_k = tl.sum(tl.where(here & real, raw + 1, 0), 1) - 1
+        grad_k = tl.sum(tl.where(here, grad, 0.0), 1)
+        of_score += tl.where(group[None, :] == id_k[:, None], grad_k[:, None], 0.0)
+    if SUMS:
+        of_share = tl.load(grad_share_ptr + group, mask=group < G, other=0.0)[None, :]
+        if SOFTMAX:
+            of_score += of_share
+        else:
+            total = tl.maximum(tl.sum(score, 1), 1e-20)[:, None]
+            mean = tl.sum(of_share * score, 1)[:, None] / total
+            of_score += (of_share - mean) / total
+    if SOFTMAX:
+        out = score * (of_score - tl.sum(score * of_score, 1)[:, None])
+    else:
+        out = score * (1.0 - score) * of_score
+    if SUMS:
+        if SOFTMAX:
+            share = score
+        else:
+            share, log_total = _softmax(logits, live)
+        out += (2.0 * tl.load(grad_z_ptr)) * log_total[:, None] * share
+    inside = live[:, None] & (group < G)[None, :]
+    out_at = token.to(tl.int64)[:, None] * G + group[None, :]
+    tl.store(grad_logits_ptr + out_at, out.to(grad_logits_ptr.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a gate decides and weighs; see `gate_op.gate`."""
+
+    experts: int
+    score: str
+    renormalise: bool
+    expert_groups: int = 1
+    top_groups: int = 1
+
+
+def block_of(T: int, G: int) -> int:
+    """Tokens of a block: few while there are too few blocks to fill a GPU; no tile that spills."""
+    fits: int = 2048 // triton.next_power_of_2(G)
+    return max(1, min(16 if T > 4096 else 8, fits))
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """What the gate's launch leaves for the scan.
+
+    Attributes:
+        raw_TK: int32 choices, ids >= experts are null.
+        weight_TK: fp32.
+        rank_TK: int32, earlier tokens of the block in the same group.
+        load_GN: int32, choices of each group by block of tokens.
+        share_GN, z_N: fp32 partial sums, empty if not asked for.
+        block: tokens of a block.
+    """
+
+    raw_TK: Tensor
+    weight_TK: Tensor
+    rank_TK: Tensor
+    load_GN: Tensor
+    share_GN: Tensor
+    z_N: Tensor
+    block: int
+
+
+def gate(
+    logits_TG: Tensor,
+    k: int,
+    rule: Rule,
+    *,
+    bias_E: Tensor | None = None,
+    given_TK: Tensor | None = None,
+    sums: bool = False,
+) -> Gated:
+    """Decide, weigh and count; with `given_TK` nothing is decided."""
+    logits_TG, (T, G) = logits_TG.contiguous(), logits_TG.shape
+    block = block_of(T, G)
+    blocks = triton.cdiv(T, block)
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=logits_TG.device)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=logits_TG.device)
+
+    raw_TK = ints(T, k) if given_TK is None else given_TK.contiguous()
+    made = 0 if given_TK is not None else blocks
+    out = Gated(
+        raw_TK, floats(T, k), ints(T if made else 0, k), ints(G, made),
+        floats(G, blocks if sums else 0), floats(blocks if sums else 0), block,
+    )  # fmt: skip
+    if T:
+        _gate_kernel[(blocks,)](
+            logits_TG, logits_TG if bias_E is None else bias_E,
+            out.raw_TK, out.weight_TK, out.rank_TK, out.load_GN, out.share_GN, out.z_N,
+            T, G, rule.experts, blocks,
+            K=k, K_PAD=triton.next_power_of_2(k), G_PAD=triton.next_power_of_2(G), BLOCK_T=block,
+            SOFTMAX=rule.score == "softmax", BIASED=bias_E is not None,
+            RENORMALISE=rule.renormalise, GROUPS=rule.expert_groups, TOP_GROUPS=rule.top_groups,
+            GIVEN=given_TK is not None, SUMS=sums,
+        )  # fmt: skip
+    return out
+
+
+def gate_backward(
+    grad_TK: Tensor,
+    grad_G: Tensor | None,
+    grad_z: Tensor | None,
+    logits_TG: Tensor,
+    raw_TK: Tensor,
+    rule: Rule,
+) -> Tensor:
+    """`reference.gate_backward`: (T, G) of the logits' dtype; both sums' gradients or none."""
+    logits_TG, raw_TK, (T, G) = logits_TG.contiguous(), raw_TK.contiguous(), logits_TG.shape
+    K, block = raw_TK.size(1), block_of(T, G)
+    out = torch.empty_like(logits_TG)
+    sums = grad_G is not None and grad_z is not None
+    grad_TK = grad_TK.contiguous()
+    grad_G, grad_z = (grad_TK if g is None else g.contiguous() for g in (grad_G, grad_z))
+    if T and G:
+        _gate_backward_kernel[(triton.cdiv(T, block),)](
+            logits_TG, raw_TK, grad_TK, grad_G, grad_z, out, T, G, rule.experts,
+            K=K, K_PAD=triton.next_power_of_2(K), G_PAD=triton.next_power_of_2(G), BLOCK_T=block,
+            SOFTMAX=rule.score == "softmax", RENORMALISE=rule.renormalise, SUMS=sums,
+        )  # fmt: skip
+    return out
