@@ -4,8 +4,9 @@
 """
 
 from moe_router_kernels.expert_op import expert_mlp, runs_expert_mlp
-from moe_router_kernels.gate_op import Gate, gate, plan_from_ids, within_capacity
+from moe_router_kernels.gate_op import Gate, gate
 from moe_router_kernels.ops import combine, gather, grouped_mm
+from moe_router_kernels.plan_op import plan_from_ids, select_top_c, within_capacity
 
 __all__ = [
     "Gate",
@@ -16,5 +17,6 @@ __all__ = [
     "grouped_mm",
     "plan_from_ids",
     "runs_expert_mlp",
+    "select_top_c",
     "within_capacity",
 ]

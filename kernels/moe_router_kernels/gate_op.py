@@ -1,6 +1,6 @@
-"""The gate and the Plan as torch operations: autograd, torch.compile, CUDA graphs.
+"""The gate as a torch operation: autograd, torch.compile, CUDA graphs.
 
-Each runs its Triton kernel or the reference, whichever `choose` says: equal integers, and weights
+It runs its Triton kernels or the reference, whichever `choose` says: equal integers, and weights
 that differ by rounding at most.
 """
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_router_kernels import reference
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.plan_op import PlanTensors, check_ids, real, said
 
-PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 _Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -219,74 +219,6 @@ _weigh.register_autograd(
 )
 
 
-@torch.library.custom_op("moe_router::plan_from_ids", mutates_args=())
-def _plan_from_ids(target_TK: Tensor, groups: int, triton: bool) -> PlanTensors:
-    if triton:
-        from moe_router_kernels import planning
-
-        return planning.plan_from_ids(target_TK.contiguous(), groups)
-    return reference.plan(real(target_TK, groups), groups)
-
-
-@_plan_from_ids.register_fake
-def _(target_TK: Tensor, groups: int, triton: bool) -> PlanTensors:
-    R = target_TK.numel()
-    sizes: tuple[Any, ...] = (R, R, groups + 1, tuple(target_TK.shape))
-    src_R, choice_R, offsets_G1, row_TK = (target_TK.new_empty(size) for size in sizes)
-    return src_R, choice_R, offsets_G1, row_TK
-
-
-def plan_from_ids(target_TK: Tensor, groups: int, kernels: str = "auto") -> PlanTensors:
-    """`reference.plan` for choices made elsewhere: src_R, choice_R, offsets_G1, row_TK.
-
-    Args:
-        target_TK: (T, K) int32; what is no group, -1 or past the last, gets no row.
-
-    Raises:
-        ValueError: ids of another dtype or shape.
-    """
-    _ids("plan_from_ids", target_TK)
-    plan: PlanTensors = _plan_from_ids(target_TK, groups, _plans(target_TK, groups, kernels))
-    return plan
-
-
-@torch.library.custom_op("moe_router::within_capacity", mutates_args=())
-def _within_capacity(
-    target_TK: Tensor, groups: int, order_R: Tensor, capacity: int, triton: bool
-) -> Tensor:
-    if triton:
-        from moe_router_kernels import planning
-
-        return planning.drop(target_TK.contiguous(), groups, order_R.int(), capacity)
-    rank_TK = reference.rank_in_group(target_TK, groups, order_R)
-    return target_TK.masked_fill(rank_TK >= capacity, -1)
-
-
-@_within_capacity.register_fake
-def _(target_TK: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(target_TK)
-
-
-def within_capacity(
-    target_TK: Tensor, groups: int, order_R: Tensor, capacity: int, kernels: str = "auto"
-) -> Tensor:
-    """(T, K) int32: the choices that are among the first `capacity` of their group, else -1.
-
-    Args:
-        target_TK: (T, K) int32 in [-1, groups).
-        order_R: integers, permutation of the flat choices, first served first.
-    """
-    _ids("within_capacity", target_TK)
-    triton = _plans(target_TK, groups, kernels)
-    kept_TK: Tensor = _within_capacity(target_TK, groups, order_R, capacity, triton)
-    return kept_TK
-
-
-def real(raw_TK: Tensor, groups: int) -> Tensor:
-    """-1 for what is no group."""
-    return raw_TK.masked_fill((raw_TK < 0) | (raw_TK >= groups), -1)
-
-
 def _sums(logits_TG: Tensor, score_TG: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
     if sums:
         return reference.loss_sums(logits_TG, score_TG)
@@ -306,11 +238,6 @@ def _triton(logits_TG: Tensor, k: int, experts: int, expert_groups: int, kernels
     return uses_triton("gate", kernels, logits_TG.device, uncovered)
 
 
-def _plans(target_TK: Tensor, groups: int, kernels: str) -> bool:
-    uncovered = f"{groups} groups: more than 1024" if groups > 1024 else ""
-    return uses_triton("plan", kernels, target_TK.device, uncovered)
-
-
 def _check(
     logits_TG: Tensor,
     k: int,
@@ -320,17 +247,17 @@ def _check(
     given_TK: Tensor | None,
 ) -> None:
     if logits_TG.dim() != 2 or not logits_TG.is_floating_point():
-        raise ValueError(f"logits: got {_said(logits_TG)}, want (tokens, groups) of a float dtype")
+        raise ValueError(f"logits: got {said(logits_TG)}, want (tokens, groups) of a float dtype")
     T, G = logits_TG.shape
     if not 1 <= experts <= G:
         raise ValueError(f"experts={experts} of {G} groups: want 1 to {G}; the rest are null")
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f"score={score}: want softmax or sigmoid")
     if given_TK is not None:
-        _ids("given_TK", given_TK)
+        check_ids("given_TK", given_TK)
         if given_TK.size(0) != T or given_TK.device != logits_TG.device:
             raise ValueError(
-                f"given_TK: got {_said(given_TK)}, want {T} tokens on {logits_TG.device}"
+                f"given_TK: got {said(given_TK)}, want {T} tokens on {logits_TG.device}"
             )
     elif not 1 <= k <= G:
         raise ValueError(f"k={k} of {G} groups: want 1 to {G}")
@@ -340,14 +267,5 @@ def _check(
         or bias_E.dtype not in (torch.float32, torch.float64)
     ):
         raise ValueError(
-            f"bias_E: got {_said(bias_E)}, want ({experts},) float32 on {logits_TG.device}"
+            f"bias_E: got {said(bias_E)}, want ({experts},) float32 on {logits_TG.device}"
         )
-
-
-def _ids(where: str, target_TK: Tensor) -> None:
-    if target_TK.dim() != 2 or target_TK.dtype != torch.int32:
-        raise ValueError(f"{where}: got {_said(target_TK)}, want (tokens, choices) int32")
-
-
-def _said(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

@@ -67,18 +67,23 @@ def decide(
     return top_k(torch.cat([real_TE, null_TZ], 1), k)
 
 
-def expert_choice(score_TE: Tensor, capacity: int, sources: int = 1) -> Tensor:
-    """(T, E) int32: each expert takes its `capacity` best tokens; K = E, -1 is not chosen.
+def select_top_c(score_TG: Tensor, offsets_S1: Tensor, count_S: Tensor) -> Tensor:
+    """(T, G) bool: whether a token is among the best of its segment for the group.
 
-    With several sources, T is their tokens one after another and each is served on its own.
-    Source: Zhou et al. 2022, arXiv:2202.09368.
+    Each group takes the count_S[s] highest scores of segment s; NaN is lower than any score, and
+    ties go to the earlier token. Expert choice (Zhou et al. 2022, arXiv:2202.09368) has a segment
+    for each source rank, Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258, section 3.4) one
+    for each sequence, and one group.
     """
-    T, E = score_TE.shape
-    per_source = score_TE.view(sources, T // sources, E)
-    order = per_source.argsort(dim=1, descending=True, stable=True)[:, :capacity]
-    taken = torch.zeros_like(per_source, dtype=torch.bool).scatter_(1, order, True).view(T, E)
-    ids_E = torch.arange(E, device=score_TE.device, dtype=torch.int32)
-    return torch.where(taken, ids_E, -1)
+    T, G = score_TG.shape
+    ranked_TG = score_TG.masked_fill(score_TG.isnan(), -1e30)
+    order_TG = ranked_TG.argsort(dim=0, descending=True, stable=True)
+    segment_T = sequence_of(offsets_S1, T)
+    order_TG = order_TG.gather(0, segment_T[order_TG].argsort(dim=0, stable=True))
+    # sorted by segment, so place t of any column belongs to the segment of token t
+    rank_T = torch.arange(T, device=segment_T.device) - offsets_S1.long()[segment_T]
+    taken_T1 = (rank_T < count_S[segment_T])[:, None]
+    return torch.zeros_like(order_TG, dtype=torch.bool).scatter_(0, order_TG, taken_T1.expand(T, G))
 
 
 def choice_weights(score_TG: Tensor, target_TK: Tensor, renormalise: bool) -> Tensor:
@@ -183,17 +188,6 @@ def serve_by_position(position_T: Tensor, K: int) -> Tensor:
 def serve_by_score(weight_TK: Tensor) -> Tensor:
     """Flat choices, the heaviest first."""
     return weight_TK.flatten().argsort(descending=True, stable=True)
-
-
-def best_of_sequence(logit_T: Tensor, offsets_B1: Tensor, kept_B: Tensor) -> Tensor:
-    """(T, 1) int32: the sequence of each token that is among the `kept` best of it, -1 for others.
-
-    Source: Mixture-of-Depths, Raposo et al. 2024, arXiv:2404.02258, section 3.4.
-    """
-    sequence_T = sequence_of(offsets_B1, logit_T.numel())
-    order = serve_by_score(logit_T[:, None])
-    rank_T1 = rank_in_group(sequence_T[:, None].int(), kept_B.numel(), order)
-    return torch.where(rank_T1 < kept_B[sequence_T, None], sequence_T[:, None], -1).int()
 
 
 # --- move rows -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from moe_router.config import RoutingConfig
 from moe_router.routing.plan import plan_from_ids
 from moe_router.routing.score import make_score
 from moe_router.types import Plan
-from moe_router_kernels import reference
+from moe_router_kernels import reference, select_top_c
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,9 @@ def keep_best(
         token_T = torch.arange(ranked_T.numel(), device=ranked_T.device)
         start_T = offsets_B1[reference.sequence_of(offsets_B1, ranked_T.numel())]
         ranked_T = ranked_T.masked_fill(token_T - start_T < always, math.inf)
-    target_T1 = reference.best_of_sequence(ranked_T, offsets_B1, kept_B)
+    taken_T1 = select_top_c(ranked_T[:, None], offsets_B1, kept_B)
+    sequence_T = reference.sequence_of(offsets_B1, ranked_T.numel())
+    target_T1 = torch.where(taken_T1, sequence_T[:, None], -1).int()
     return _kept(target_T1, kept)
 
 

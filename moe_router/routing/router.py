@@ -13,7 +13,7 @@ from moe_router.routing.decide import capacity, weigh
 from moe_router.routing.losses import router_losses, wants_sums
 from moe_router.routing.score import make_score
 from moe_router.types import Choice, NoiseKey, Plan, Tokens, Total, same
-from moe_router_kernels import Gate, gate, reference
+from moe_router_kernels import Gate, gate, reference, select_top_c
 from moe_router_kernels.choose import runs_triton
 
 
@@ -89,9 +89,7 @@ class Router(nn.Module):
             )
         given_TK = None if decided is None else decided.raw_TK
         if given_TK is None and config.policy == "expert_choice":
-            score_TG = reference.score(logits_TG.detach(), config.score)
-            rows = capacity(score_TG.size(0), config)
-            given_TK = reference.expert_choice(score_TG[:, : config.experts], rows)
+            given_TK = self._chosen_by_experts(logits_TG.detach())
         return gate(
             logits_TG,
             config.top_k,
@@ -105,6 +103,15 @@ class Router(nn.Module):
             sums=wants_sums(config),
             kernels=self.kernels,
         )
+
+    def _chosen_by_experts(self, logits_TE: Tensor) -> Tensor:
+        """(T, E) int32: each expert takes its best tokens; K = E, -1 is not chosen."""
+        T, E = logits_TE.shape
+        bounds = torch.arange(2, dtype=torch.int32, device=logits_TE.device) * T
+        rows = bounds.new_full((1,), capacity(T, self.config))
+        score_TE = reference.score(logits_TE, self.config.score)
+        taken_TE = select_top_c(score_TE, bounds, rows, self.kernels)
+        return torch.where(taken_TE, torch.arange(E, device=rows.device), -1).int()
 
     def _jitter(self, x_TD: Tensor, key: NoiseKey) -> Tensor:
         """Multiply by U(1 - j, 1 + j) in training. Source: Fedus et al. 2021, arXiv:2101.03961."""

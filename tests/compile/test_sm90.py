@@ -17,7 +17,7 @@ from triton.backends import nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from moe_router_kernels import fused_gate, grouped, permute, planning, tiles  # noqa: E402
+from moe_router_kernels import fused_gate, grouped, permute, planning, tiles, top_c  # noqa: E402
 
 BIN = Path(nvidia.__file__).parent / "bin"
 INTS, FLOATS = "*i32", "*fp32"
@@ -96,6 +96,13 @@ def test_scan(tmp_path):
 def test_drop(tmp_path):
     constants = {"PER_BLOCK": 64, "BLOCK": 1024}
     assert spilled(planning._drop_kernel, constants, tmp_path) == 0
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+def test_select(block, tmp_path):
+    types = TYPES | {"score_ptr": FLOATS, "count_ptr": INTS, "taken_ptr": "*i8"}
+    constants = {"BLOCK": block}
+    assert spilled(top_c._select_kernel, constants, tmp_path, types) == 0
 
 
 def test_move(tmp_path):

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from moe_router_kernels import gate, plan_from_ids, reference, within_capacity
+from moe_router_kernels import gate, plan_from_ids, reference, select_top_c, within_capacity
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -152,3 +152,23 @@ def test_rows_and_their_gradients_are_those_of_the_reference(T, K, dim):
         permute.combine_backward(*tensors), reference.combine_backward(*tensors), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "lengths, counts, G",
+    [([0, 5, 40, 1], [2, 3, 17, 1], 1), ([30, 30], [4, 4], 6), ([300], [300], 2), ([], [], 3)],
+)
+@pytest.mark.parametrize("ties", [True, False])
+def test_the_best_of_each_segment(lengths, counts, G, ties):
+    generator = torch.Generator().manual_seed(len(lengths))
+    score_TG = torch.randn(sum(lengths), G, generator=generator) * 3
+    if ties:
+        score_TG = score_TG.round()  # with both zeros
+        score_TG[1::7] = torch.nan
+    offsets_S1 = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+    count_S = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    ours, wanted = (
+        select_top_c(score_TG.to(DEVICE), offsets_S1, count_S, kernels)
+        for kernels in ("triton", "reference")
+    )
+    assert torch.equal(ours, wanted)

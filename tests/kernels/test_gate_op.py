@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from moe_router_kernels import choose, gate, gate_op, ops, plan_from_ids, reference
+from moe_router_kernels import choose, gate, gate_op, ops, plan_from_ids, plan_op, reference
 
 RULES = {
     "softmax": {"experts": 6},
@@ -34,7 +34,7 @@ def test_gradients_are_those_of_the_definition(name, given):
 
     made = gate(logits_TG, 2, sums=True, given_TK=chosen_TK, **rule)
     score_TG = reference.score(logits_TG, rule.get("score", "softmax"))
-    target_TK = gate_op.real(made.raw_TK, rule["experts"])
+    target_TK = plan_op.real(made.raw_TK, rule["experts"])
     renormalise = rule.get("renormalise", True)
     wanted = (
         reference.choice_weights(score_TG, target_TK, renormalise),
@@ -51,9 +51,11 @@ def test_an_operation_keeps_to_what_its_fake_says():
     torch.library.opcheck(made, args)
     given_TK = torch.zeros(9, 2, dtype=torch.int32)
     torch.library.opcheck(gate_op._weigh, (args[0], given_TK, 6, "softmax", True, True, False))
-    torch.library.opcheck(gate_op._plan_from_ids, (given_TK, 3, False))
+    torch.library.opcheck(plan_op._plan_from_ids, (given_TK, 3, False))
     order_R = torch.arange(18)
-    torch.library.opcheck(gate_op._within_capacity, (given_TK, 3, order_R, 2, False))
+    torch.library.opcheck(plan_op._within_capacity, (given_TK, 3, order_R, 2, False))
+    bounds, count = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([1, 2])
+    torch.library.opcheck(plan_op._select_top_c, (torch.randn(9, 6), bounds, count, False))
     src_R, choice_R, _, row_TK = reference.plan(given_TK, 3)
     x_TD, weight_TK = torch.randn(9, 4, requires_grad=True), torch.rand(9, 2, requires_grad=True)
     torch.library.opcheck(ops._gather, (x_TD, src_R, row_TK))

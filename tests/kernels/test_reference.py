@@ -1,6 +1,7 @@
 """The specification, checked against its own definitions: loops and hand-made cases."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -101,12 +102,24 @@ def test_ties_go_to_the_lower_id():
     assert reference.top_k(torch.zeros(1, 5), 3).tolist() == [[0, 1, 2]]
 
 
-def test_expert_choice_gives_each_expert_its_best_tokens_of_each_source():
-    score_TE = torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.3, 0.1], [0.4, 0.2]])
-    one = reference.expert_choice(score_TE, capacity=2)
-    assert one.tolist() == [[-1, 1], [-1, 1], [0, -1], [0, -1]]
-    two = reference.expert_choice(score_TE, capacity=1, sources=2)
-    assert two.tolist() == [[-1, 1], [0, -1], [-1, -1], [0, 1]]
+@few
+@given(st.data(), st.integers(1, 3))
+def test_each_group_takes_the_best_of_each_segment(data, G):
+    lengths = data.draw(st.lists(st.integers(0, 6), max_size=4))
+    counts = [data.draw(st.integers(0, 7)) for _ in lengths]
+    T = sum(lengths)
+    # few values, so that there are ties; some are NaN
+    levels = torch.tensor([0.0, -0.0, 1.0, -2.0, float("nan")])
+    score_TG = levels[torch.randint(5, (T, G), generator=torch.Generator().manual_seed(T))]
+    offsets = [0, *itertools.accumulate(lengths)]
+    taken_TG = reference.select_top_c(
+        score_TG, torch.tensor(offsets, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
+    )
+    for (a, b), count in zip(itertools.pairwise(offsets), counts, strict=True):
+        for g in range(G):
+            worth = [-1e30 if math.isnan(v) else v for v in score_TG[a:b, g].tolist()]
+            best = sorted(range(b - a), key=lambda i, w=worth: (-w[i], i))[:count]
+            assert taken_TG[a:b, g].nonzero().flatten().tolist() == sorted(best)
 
 
 def test_balance_loss_is_one_when_uniform_and_E_when_all_choose_one():
