@@ -83,7 +83,7 @@ class MoEConfig(RouterConfig):
 class RoutingConfig:
     """Which blocks a token takes. Equations: docs/routing.md."""
 
-    kind: Literal["skip", "halt", "prune"]
+    kind: Literal["skip", "halt", "prune", "merge"]
     keep: float = 0.5  # skip: of a sequence, what a routed block computes; prune: what it leaves
     every: int = 2  # every n-th block is routed
     first: int = 1  # blocks before this one are not
@@ -107,6 +107,11 @@ class RoutingConfig:
             ("ponder_loss", self.ponder_loss >= 0, "0 or more"),
         ):
             require(holds, f"model.routing.{key}", getattr(self, key), want)
+        if self.kind == "merge":
+            want = "0.5 <= keep <= 1: each second token may join another"
+            require(self.keep >= 0.5, "model.routing.keep", self.keep, want)
+            want = "linear (the keys of attention) or position: merging learns nothing"
+            require(self.router != "mlp", "model.routing.router", self.router, want)
 
     @property
     def loss_scale(self) -> dict[str, float]:
@@ -153,10 +158,10 @@ class ModelConfig:
         routing, moe = self.routing, self.moe
         if routing is None:
             return
-        fits = routing.kind != "prune" or self.kind != "causal_lm"
-        want = "skip or halt: a pruned token has no next-token logits (or model.kind=encoder)"
+        fits = routing.kind in ("skip", "halt") or self.kind != "causal_lm"
+        want = "skip or halt: other tokens leave, and have no logits (or model.kind=encoder)"
         require(fits, "model.routing.kind", routing.kind, want)
-        last = self.layers - (1 if routing.kind == "skip" else 2)
+        last = self.layers - (1 if routing.kind in ("skip", "merge") else 2)
         want = f"at most {last}: a model of {self.layers} layers has no routed block after it"
         require(routing.first <= last, "model.routing.first", routing.first, want)
         if moe is not None:

@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moe_router.cost import Cost, Part
+from moe_router.cost import Cost
+from moe_router.cost_parts import Part
 from moe_router.doctor import Finding, Status
 from moe_router.observability.records import EvalRecord
 

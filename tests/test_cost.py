@@ -45,6 +45,8 @@ VARIANTS = {
     "halt": ["model.moe=null", "model.routing={kind: halt, router: mlp, first: 0, every: 1}"],
     "encoder": ["model.moe=null", *LABELLED],
     "prune": ["model.moe=null", *LABELLED, "model.routing={kind: prune, keep: 0.5}"],
+    "merge": ["model.moe=null", *LABELLED, "model.routing={kind: merge, keep: 0.5}"],
+    "merge neighbours": [*LABELLED, "model.routing={kind: merge, router: position}"],
     "vit": ["model.moe=null", *IMAGES],
     "vit prune": [*IMAGES, "model.routing={kind: prune, keep: 0.5}"],
     "prune experts": [*LABELLED, "model.routing={kind: prune, router: mlp, first: 0, every: 1}"],
@@ -88,6 +90,16 @@ def test_a_skipped_block_costs_what_it_keeps():
     assert mlp.flops == round(0.25 * mlp.dense_flops)
     assert routed.of_layer("0") == whole.of_layer("0")
     assert routed.dense_flops == whole.dense_flops > routed.flops
+
+
+def test_a_merging_block_feeds_fewer_than_it_attends_to():
+    whole, routed = cost(tiny("encoder")), cost(tiny("merge"))
+    flops = {(part.layer, part.name): part.flops for part in routed.parts}
+    dense = {(part.layer, part.name): part.flops for part in whole.parts}
+    assert flops["1", "attention"] == dense["1", "attention"]
+    assert flops["1", "mlp"] == dense["1", "mlp"] // 2 == flops["2", "mlp"]
+    assert flops["1", "router"] == 8 * 16 // 2  # channels of a head, half of 16 tokens to look at
+    assert routed.router_parameter_share == 0
 
 
 def test_blocks_after_a_prune_cost_what_stays():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_router.config import ModelConfig
+from moe_router.models.attend import SIZE_CHANNELS
 from moe_router.models.kv_cache import LayerCache
 from moe_router.routing import Ledger
 
@@ -36,12 +37,21 @@ class Account:
         # a token of a causal model sees its position + 1 keys, whatever part of them is cached
         self._pairs = position_T.long().sum() + self._tokens if causal else _pairs(lengths, False)
 
-    def block(self, layer: int, ran: Sequence[int], cache: LayerCache | None) -> None:
+    def block(
+        self,
+        layer: int,
+        ran: Sequence[int],
+        cache: LayerCache | None,
+        fed: Sequence[int] | None = None,
+        by_size: bool = False,
+    ) -> None:
         """Count a block that has run.
 
         Args:
             ran: tokens of each sequence that it computed.
             cache: its own, the new tokens in it.
+            fed: those that its feed-forward computed, where tokens merged; None: the same.
+            by_size: its keys were seen by their sizes.
         """
         D, tokens = self._config.dim, sum(ran)
         kv_width = D // self._config.heads * self._config.kv_heads
@@ -50,11 +60,13 @@ class Account:
         if cache is not None and tokens:
             new_B = torch.tensor(ran).to(cache.length_B.device, non_blocking=True)
             pairs = (new_B * (cache.length_B - new_B)).sum() + pairs
+        width = D + (SIZE_CHANNELS * self._config.heads if by_size else 0)
         self._ledger.add(
             "attention",
-            tokens * project + 4 * D * pairs,
+            tokens * project + 4 * width * pairs,
             self._tokens * project + 4 * D * self._pairs,
         )
+        tokens = tokens if fed is None else sum(fed)
         moe = self._config.moe
         if moe is None or not self._config.is_moe(layer):
             row = 6 * D * self._config.hidden

@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_router.models.packing import Packing, Piece
 
 HALF = (torch.bfloat16, torch.float16)
+SIZE_CHANNELS = 8  # more channels of a head, where keys are seen by size
 
 
 def attend_packed(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
@@ -38,6 +39,30 @@ def attend_packed(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing)
     parts = zip(q_parts, k_parts, v_parts, packing.pieces, strict=True)
     out = [_attend_piece(q, k, v, piece, packing.causal) for q, k, v, piece in parts]
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def attend_by_size(
+    q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, size_T: Tensor, packing: Packing
+) -> Tensor:
+    """`attend_packed`, where a key of size s is seen as s equal ones: log(s) is added to its score.
+
+    It comes there through one more channel, so that every kernel computes it.
+
+    Args:
+        size_T: fp32, at least 1.
+
+    Source: Bolya et al. 2022, arXiv:2210.09461, equation 1.
+    """
+    C = q_THC.size(-1)
+    one_TH1 = torch.full_like(q_THC[..., :1], (C + SIZE_CHANNELS) ** 0.5)
+    # scores are divided by the root of all channels
+    q_THX = torch.cat([q_THC * ((C + SIZE_CHANNELS) / C) ** 0.5, one_TH1], -1)
+    log_TJ1 = size_T.log().to(k_TJC.dtype)[:, None, None].expand(-1, k_TJC.size(1), 1)
+    k_TJX = torch.cat([k_TJC, log_TJ1], -1)
+    # zeros: kernels want channels by eights, and values as wide as keys
+    q_THX, k_TJX = (F.pad(x, (0, SIZE_CHANNELS - 1)) for x in (q_THX, k_TJX))
+    v_TJX = F.pad(v_TJC, (0, SIZE_CHANNELS))
+    return attend_packed(q_THX, k_TJX, v_TJX, packing)[..., :C]
 
 
 def attend_cached(

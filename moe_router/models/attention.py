@@ -1,12 +1,24 @@
 """Grouped-query attention over packed sequences, with RoPE and an optional cache."""
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
-from moe_router.models.attend import attend_cached, attend_packed
+from moe_router.models.attend import attend_by_size, attend_cached, attend_packed
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn, rotate
+
+
+class Attended(NamedTuple):
+    """Attributes:
+    out_TD: what attention adds.
+    key_TJC: the keys before they turn, of J heads.
+    """
+
+    out_TD: Tensor
+    key_TJC: Tensor
 
 
 class Attention(nn.Module):
@@ -26,14 +38,22 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(
-        self, x_TD: Tensor, turn: Turn, packing: Packing, cache: LayerCache | None = None
-    ) -> Tensor:
-        """(T, D) to (T, D). With a cache, the tokens are appended to it and attend to all of it."""
+        self,
+        x_TD: Tensor,
+        turn: Turn,
+        packing: Packing,
+        cache: LayerCache | None = None,
+        size_T: Tensor | None = None,
+    ) -> Attended:
+        """(T, D) to (T, D). With a cache, the tokens are appended to it and attend to all of it;
+        without one a token of size s is seen as s equal ones."""
         q, k, v_TJC = (
             project(x_TD).unflatten(-1, (-1, self.channels)) for project in (self.q, self.k, self.v)
         )
         q_THC, k_TJC = (rotate(x, turn).to(v_TJC.dtype) for x in (q, k))
-        if cache is None:
+        if cache is None and size_T is not None:
+            y_THC = attend_by_size(q_THC, k_TJC, v_TJC, size_T, packing)
+        elif cache is None:
             y_THC = attend_packed(q_THC, k_TJC, v_TJC, packing)
         else:
             fresh = cache.bound == 0
@@ -43,5 +63,4 @@ class Attention(nn.Module):
                 if fresh
                 else attend_cached(q_THC, *cache.read(), slot_T, packing)
             )
-        out_TD: Tensor = self.o(y_THC.flatten(1))
-        return out_TD
+        return Attended(self.o(y_THC.flatten(1)), k)

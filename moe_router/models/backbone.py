@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_router.config import Kernels, ModelConfig
 from moe_router.dispatch import Dispatcher, Local
 from moe_router.layers.halt import Halt, begin, finish, ponder_loss
+from moe_router.layers.merge import Merged
 from moe_router.layers.moe import MoE
 from moe_router.layers.prune import Prune
 from moe_router.models.account import Account
@@ -32,6 +33,7 @@ class Passed:
     Attributes:
         stream: the tokens that took the last block.
         plan: their rows by token; None where no token ever leaves.
+        slot_T: int64, the row of the token that each one merged into; None without merging.
         routed: what each block's experts did; None for a dense block.
         depth: the losses of each router in depth, unscaled; this rank's share.
         halted: how each token halted, and its output; None without halting.
@@ -42,6 +44,14 @@ class Passed:
     depth: list[dict[str, Tensor]] = field(default_factory=list)
     halted: HaltState | None = None
     plan: Plan | None = None
+    slot_T: Tensor | None = None
+
+    def merge(self, slots: Stream, merged: Merged) -> None:
+        """Tokens merged inside a block."""
+        assert self.plan is not None
+        self.stream, self.plan = slots, chain(self.plan, merged.kept.plan)
+        slot_T = merged.slot_T
+        self.slot_T = slot_T if self.slot_T is None else slot_T[self.slot_T]
 
     def go_on(self, kept: Kept) -> None:
         """Only the kept tokens take the next block."""
@@ -123,7 +133,8 @@ class Backbone(nn.Module):
         if context.ledger is not None and self.config.routing is not None:
             here = (packing.lengths, position_T)
             account = Account(self.config, context.ledger, *here, causal=causal)
-        if self.halts or self.prunes:
+        routing = self.config.routing
+        if self.halts or self.prunes or (routing is not None and routing.kind == "merge"):
             passed.plan = every_token(packing.lengths, input_T.device)
         if self.halts:
             passed.halted = begin(passed.stream.x_TD, packing.lengths)
@@ -131,13 +142,17 @@ class Backbone(nn.Module):
             inside = context if passed.plan is None else context.within(passed.plan)
             layer_cache = None if cache is None else cache.layers[i]
             out = self._run(block, passed.stream, inside, layer_cache)
+            before, by_size = passed.stream.packing.lengths, passed.slot_T is not None
+            if out.merged is not None and out.stream is not None:
+                passed.merge(out.stream, out.merged)
             passed.stream = replace(passed.stream, x_TD=out.x_TD)
             passed.routed.append(out.routed)
             if out.choice is not None:
                 passed.depth.append(out.choice.losses)
             if account is not None:
-                ran = passed.stream.packing.lengths if out.kept is None else out.kept.lengths
-                account.block(i, ran, layer_cache)
+                ran = before if out.kept is None else out.kept.lengths
+                fed = None if out.merged is None else out.merged.kept.lengths
+                account.block(i, ran, layer_cache, fed, by_size)
             if self.config.routing is not None and out.routed is None:
                 _tell(i, passed, out, context)
             self._leave(str(i), passed, context)
@@ -158,13 +173,15 @@ class Backbone(nn.Module):
         self, block: nn.Module, stream: Stream, context: Context, cache: LayerCache | None
     ) -> BlockOutput:
         arguments = (block, stream.x_TD, stream.position_T, stream.turn, stream.packing)
+        size_T = stream.size_T
         # a cache would be written twice
         if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
             # one memory a block: the second run takes the decisions of the first
             remembering = replace(context, memory=PlanMemory())
-            out = checkpoint(*arguments, remembering, use_reentrant=False, preserve_rng_state=False)
+            more = (remembering, None, size_T)
+            out = checkpoint(*arguments, *more, use_reentrant=False, preserve_rng_state=False)
         else:
-            out = block(*arguments[1:], context, cache)
+            out = block(*arguments[1:], context, cache, size_T)
         result: BlockOutput = out
         return result
 

@@ -1,16 +1,18 @@
 """The transformer block: attention, then a dense or a routed feed-forward layer; for every token,
 or for those that a router keeps."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from moe_router.config import Kernels, ModelConfig
 from moe_router.dispatch import Dispatcher, Local
+from moe_router.layers.merge import Merge, Merged
 from moe_router.layers.moe import MoE
 from moe_router.layers.skip import Skip
 from moe_router.layers.swiglu import SwiGLU
-from moe_router.models.attention import Attention
+from moe_router.models.attention import Attended, Attention
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.norm import RMSNorm
 from moe_router.models.packing import Packing
@@ -27,12 +29,16 @@ class BlockOutput(NamedTuple):
     x_TD: the next residual stream.
     routed: what the experts did with the tokens that came to them; None for a dense block.
     choice, kept: which tokens the block computed; None: every one.
+    merged, stream: how tokens merged on the way, and their slots as they go on, but for x_TD;
+        None: they did not.
     """
 
     x_TD: Tensor
     routed: Routed | None
     choice: Choice | None = None
     kept: Kept | None = None
+    merged: Merged | None = None
+    stream: Stream | None = None
 
 
 class Block(nn.Module):
@@ -72,6 +78,10 @@ class Block(nn.Module):
         self.skip: Skip | None = None
         if config.routing is not None and config.routes(layer, "skip"):
             self.skip = Skip(config.dim, config.routing, total=(dispatcher or Local()).total)
+        self.merges = config.routing is not None and config.routing.kind == "merge"
+        self.merge: Merge | None = None
+        if config.routing is not None and config.routes(layer, "merge"):
+            self.merge = Merge(config.dim, self.attention.channels, config.routing)
 
     def forward(
         self,
@@ -81,25 +91,40 @@ class Block(nn.Module):
         packing: Packing,
         context: Context,
         cache: LayerCache | None = None,
+        size_T: Tensor | None = None,
     ) -> BlockOutput:
         """x_TD is an argument of its own, not in a Stream, so that FSDP2 finds its gradient."""
-        stream = Stream(x_TD, position_T, turn, packing)
+        stream = Stream(x_TD, position_T, turn, packing, size_T)
+        if self.merge is not None:
+            return self._merging(self.merge, stream, context)
         if self.skip is None:
-            x_TD = x_TD + self._attend(stream, cache)
+            x_TD = x_TD + self._attend(stream, cache).out_TD
             delta_TD, routed = self._feed(x_TD, stream, context)
             return BlockOutput(x_TD + delta_TD, routed)
         choice, kept = self.skip.choose(stream.tokens, packing.lengths, context)
         rows = stream.take(kept)
-        attention_RD = self._attend(rows, cache)
+        attention_RD = self._attend(rows, cache).out_TD
         inside = context.part("block").within(kept.plan)
         delta_RD, routed = self._feed(rows.x_TD + attention_RD, rows, inside)
         delta_TD = self.skip.scatter(attention_RD + delta_RD, choice, kept)
         return BlockOutput(x_TD + delta_TD, routed, choice, kept)
 
-    def _attend(self, stream: Stream, cache: LayerCache | None) -> Tensor:
+    def _merging(self, merge: Merge, stream: Stream, context: Context) -> BlockOutput:
+        """Attention for every token, feed-forward for what they merge into."""
+        attended = self._attend(stream, None)
+        stream = replace(stream, x_TD=stream.x_TD + attended.out_TD)
+        lengths = stream.packing.lengths
+        merged = merge(stream.tokens, attended.key_TJC, lengths, context.part("merge"))
+        slots = stream.at(merged.kept, *merged.mean(stream.tokens))
+        inside = context.part("block").within(merged.kept.plan)
+        delta_MD, routed = self._feed(slots.x_TD, slots, inside)
+        return BlockOutput(slots.x_TD + delta_MD, routed, merged=merged, stream=slots)
+
+    def _attend(self, stream: Stream, cache: LayerCache | None) -> Attended:
         normed_TD = self.attention_norm(stream.x_TD)
-        delta_TD: Tensor = self.attention(normed_TD, stream.turn, stream.packing, cache)
-        return delta_TD
+        size_T = stream.size_T if self.merges else None  # a pruned token's mass is for the pooling
+        attended: Attended = self.attention(normed_TD, stream.turn, stream.packing, cache, size_T)
+        return attended
 
     def _feed(self, x_TD: Tensor, stream: Stream, context: Context) -> tuple[Tensor, Routed | None]:
         normed_TD = self.mlp_norm(x_TD)

@@ -23,12 +23,15 @@ class ClassifierOutput:
     """Attributes:
     logits_BC: fp32, of each sequence and label.
     routed, depth, halted: as in `LMOutput`.
+    slot_T: int64, which row of the last block each token merged into, for `unmerge`; None without
+        merging.
     """
 
     logits_BC: Tensor
     routed: tuple[Routed | None, ...]
     depth: tuple[dict[str, Tensor], ...] = ()
     halted: HaltState | None = None
+    slot_T: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -70,7 +73,11 @@ class Classifier(Backbone):
         with torch.autocast(input_T.device.type, enabled=False):
             logits_BC = self.head(pooled_BD.to(self.head.weight.dtype))
         return ClassifierOutput(
-            logits_BC.float(), tuple(passed.routed), tuple(passed.depth), passed.halted
+            logits_BC.float(),
+            tuple(passed.routed),
+            tuple(passed.depth),
+            passed.halted,
+            passed.slot_T,
         )
 
     def _pool(self, passed: Passed, offsets_B1: Tensor) -> Tensor:

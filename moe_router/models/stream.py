@@ -34,10 +34,16 @@ class Stream:
     def take(self, kept: Kept) -> "Stream":
         """Only the kept tokens; gradients of x_TD flow back to where they came from."""
         src_R = kept.plan.src_R
+        size_R = None if self.size_T is None else self.size_T[src_R]
+        return self.at(kept, gather(self.x_TD, src_R, kept.plan.row_TK), size_R)
+
+    def at(self, kept: Kept, x_RD: Tensor, size_R: Tensor | None) -> "Stream":
+        """Other states in the places of the kept tokens."""
+        src_R = kept.plan.src_R
         return Stream(
-            x_TD=gather(self.x_TD, src_R, kept.plan.row_TK),
+            x_TD=x_RD,
             position_T=self.position_T[src_R],
             turn=Turn(self.turn.cos_T1C[src_R], self.turn.sin_T1C[src_R]),
             packing=Packing(kept.offsets_B1, self.x_TD.device, causal=self.packing.causal),
-            size_T=None if self.size_T is None else self.size_T[src_R],
+            size_T=size_R,
         )

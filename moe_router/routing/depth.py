@@ -79,17 +79,22 @@ def keep_best(
     """
     # 0.6 means 3/5: in floats, 0.6 of 5 tokens is rounded up to 4
     share = Fraction(str(keep))
-    kept = tuple(min(n, max(math.ceil(share * n), always)) for n in lengths)
-    kept_B = torch.tensor(kept, dtype=torch.int32).to(logit_T.device, non_blocking=True)
+    kept = [min(n, max(math.ceil(share * n), always)) for n in lengths]
     ranked_T = logit_T.detach()
     if always:
         token_T = torch.arange(ranked_T.numel(), device=ranked_T.device)
         start_T = offsets_B1[reference.sequence_of(offsets_B1, ranked_T.numel())]
         ranked_T = ranked_T.masked_fill(token_T - start_T < always, math.inf)
-    taken_T1 = select_top_c(ranked_T[:, None], offsets_B1, kept_B)
-    sequence_T = reference.sequence_of(offsets_B1, ranked_T.numel())
+    return keep_counted(ranked_T, offsets_B1, kept)
+
+
+def keep_counted(logit_T: Tensor, offsets_B1: Tensor, kept: Sequence[int]) -> Kept:
+    """So many tokens of each sequence, those of highest logit; of equal ones the earlier."""
+    kept_B = torch.tensor(kept, dtype=torch.int32).to(logit_T.device, non_blocking=True)
+    taken_T1 = select_top_c(logit_T[:, None], offsets_B1, kept_B)
+    sequence_T = reference.sequence_of(offsets_B1, logit_T.numel())
     target_T1 = torch.where(taken_T1, sequence_T[:, None], -1).int()
-    return _kept(target_T1, kept)
+    return _kept(target_T1, tuple(kept))
 
 
 def keep_where(keep_T: Tensor, offsets_B1: Tensor) -> Kept:

@@ -20,12 +20,16 @@ from tests.training.data.images_work import NAMES, write_folders, write_idx
 from tests.training.test_ranks import assert_same_curve
 
 PRUNE = {"kind": "prune", "keep": 0.5, "every": 1, "first": 0}
-VARIANTS = {"dense": {}, "prune_experts": {"routing": PRUNE, "moe": work.MOE}}
+VARIANTS = {
+    "dense": {},
+    "prune_experts": {"routing": PRUNE, "moe": work.MOE},
+    "merge": {"routing": PRUNE | {"kind": "merge", "keep": 0.6}},
+}
 
 
 @pytest.fixture(scope="session")
 def file(tmp_path_factory):
-    return write_idx(tmp_path_factory.mktemp("images"), "train", 90, size=8)
+    return write_idx(tmp_path_factory.mktemp("images"), "train", 90, size=8, noise=True)
 
 
 def config_of(file, name="dense", data=None, **train):
@@ -43,8 +47,9 @@ def config_of(file, name="dense", data=None, **train):
 
 
 @pytest.mark.parametrize("dense", ["replicated", "fsdp"])
-def test_two_ranks_follow_the_curve_of_one(file, dense):
-    config = config_of(file, "prune_experts", dense=dense)
+@pytest.mark.parametrize("name", ["prune_experts", "merge"])
+def test_two_ranks_follow_the_curve_of_one(file, name, dense):
+    config = config_of(file, name, dense=dense)
     records, held_out, state = work.curve(0, 1, config, 4)
     parts = run_ranks(2, work.curve, config, 4)
     for ours, ours_held_out, _ in parts:

@@ -20,9 +20,11 @@ def labels(count):
     return np.arange(count) % len(NAMES)
 
 
-def write_idx(folder, part, count, *, size=6, packed=False):
+def write_idx(folder, part, count, *, size=6, packed=False, noise=False):
     """NAME-images-idx3-ubyte and its labels; the path of the images."""
     image_N, label_N = pixels(count, size)[..., 0], labels(count).astype(np.uint8)
+    if noise:  # no two patches alike
+        image_N = np.random.default_rng(0).integers(0, 256, image_N.shape).astype(np.uint8)
     ending, write = (".gz", gzip.compress) if packed else ("", bytes)
     for kind, magic, array in (("images-idx3", 0x803, image_N), ("labels-idx1", 0x801, label_N)):
         head = np.array([magic, *array.shape], ">u4").tobytes()

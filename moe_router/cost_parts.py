@@ -1,0 +1,163 @@
+"""The parts of a model, layer by layer: what each holds, and what a token costs there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moe_router.config import Config, ModelConfig, MoEConfig, RouterKind, RoutingConfig
+
+BYTES = 4  # fp32: what weights, gradients and AdamW's moments are kept in, bf16 or not
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One matrix-product part of one layer.
+
+    Attributes:
+        layer: "embed", "0", "1", ..., "head".
+        name: "embed", "attention", "norms", "router", "experts", "shared", "mlp" or "head".
+        parameters: held by all ranks together.
+        active: of them, those that one token meets.
+        flops: forward, per token.
+        dense_flops: the same if every expert processed every token, and every block.
+    """
+
+    layer: str
+    name: str
+    parameters: int
+    active: int
+    flops: int
+    dense_flops: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the fp32 weights."""
+        return BYTES * self.parameters
+
+
+def parts_of(config: Config, vocab: int) -> Iterator[Part]:
+    """Every part of the model that `config` describes, from the embedding to the head."""
+    model = config.model
+    D = model.dim
+    tied = model.kind == "causal_lm" and model.tie_embeddings
+    # a tied matrix is held here and met at the head
+    yield _embedding(config, vocab, met=not tied)
+    staying = 1.0  # of the tokens, after what was pruned
+    for i in range(model.layers):
+        layer = str(i)
+        keep = model.routing.keep if model.routing is not None else 1.0
+        share = staying * (keep if model.routes(i, "skip") else 1.0)
+        merges = model.routing if model.routes(i, "merge") else None
+        yield from _block_of_some(i, config, share, share * keep if merges else share)
+        if merges is not None:
+            yield _match(layer, config, merges, staying)
+            staying *= keep
+        leaves = i < model.layers - 1 and (model.routes(i, "prune") or model.routes(i, "halt"))
+        if model.routing is not None and (leaves or model.routes(i, "skip")):
+            yield _depth_router(layer, D, model.routing, staying)
+        if leaves and model.routes(i, "prune"):
+            staying *= keep
+    yield Part("head", "norms", D, D, 0, 0)
+    if model.kind != "causal_lm":
+        yield _label_head(D, len(config.data.labels), config.data.seq_len)
+    else:
+        own, flops = 0 if tied else vocab * D, 2 * vocab * D
+        yield Part("head", "head", own, vocab * D, flops, flops)
+
+
+def _embedding(config: Config, vocab: int, *, met: bool) -> Part:
+    """Rows of a table that tokens look up, or a product for the values of a patch."""
+    D, image = config.model.dim, config.data.image
+    if image is None:
+        return Part("embed", "embed", vocab * D, D if met else 0, 0, 0)
+    weights = image.values * D
+    return Part("embed", "embed", weights + D, weights + D, 2 * weights, 2 * weights)
+
+
+def _label_head(D: int, labels: int, seq_len: int) -> Part:
+    """Once for each document: its tokens share what it costs."""
+    both, flops = D * labels + labels, round(2 * D * labels / seq_len)
+    return Part("head", "head", both, both, flops, flops)
+
+
+def _block(layer: str, index: int, model: ModelConfig, seq_len: int) -> Iterator[Part]:
+    yield _attention(layer, model, seq_len)
+    yield Part(layer, "norms", 2 * model.dim, 2 * model.dim, 0, 0)
+    if model.moe is not None and model.is_moe(index):
+        yield from _moe(layer, model.dim, model.moe)
+    else:
+        yield _dense(layer, "mlp", model.dim, model.hidden)
+
+
+def _block_of_some(index: int, config: Config, share: float, fed: float) -> Iterator[Part]:
+    """The parts of a block that computes a share of the tokens, which see only each other, and
+    feeds forward a share that may be smaller."""
+    S = config.data.seq_len
+    whole, short = (_block(str(index), index, config.model, n) for n in (S, round(share * S)))
+    for part, computed in zip(whole, short, strict=True):
+        of = share if part.name == "attention" else fed
+        yield replace(part, flops=round(of * computed.flops))
+
+
+def _match(layer: str, config: Config, routing: RoutingConfig, share: float) -> Part:
+    """Each second token of a sequence beside each other one; a control has a score of its own."""
+    model = config.model
+    channels, seen, weights = model.dim // model.heads, share * config.data.seq_len, 0
+    if routing.frozen or routing.router == "position":
+        weights, _ = _score(routing.router, model.dim, channels, routing.router_hidden)
+    flops = share * (channels * seen / 2 + 2 * weights)
+    return Part(layer, "router", weights, weights, round(flops), 0)
+
+
+def _depth_router(layer: str, D: int, routing: RoutingConfig, share: float) -> Part:
+    weights, biases = _score(routing.router, D, 1, routing.router_hidden)
+    if routing.kind == "skip" and routing.predictor == "mlp":
+        more, bias = _score("mlp", D, 1, routing.router_hidden)
+        weights, biases = weights + more, biases + bias + 1
+    both = weights + biases + 1
+    return Part(layer, "router", both, both, round(2 * share * weights), 0)
+
+
+def _score(kind: RouterKind, D: int, groups: int, hidden: int) -> tuple[int, int]:
+    """(weights, biases) of a router's score."""
+    match kind:
+        case "linear":
+            return D * groups, 0
+        case "mlp":
+            return D * hidden + hidden * groups, hidden
+        case "position":
+            return 2 * hidden * groups, 0
+
+
+def _attention(layer: str, model: ModelConfig, seq_len: int) -> Part:
+    """A causal token looks at (seq_len + 1) / 2 tokens on average, an encoder's at all seq_len;
+    fewer where documents end."""
+    D, causal = model.dim, model.kind == "causal_lm"
+    width = D // model.heads * model.kv_heads
+    weights = 2 * D * D + 2 * D * width
+    seen_twice = seq_len + 1 if causal else 2 * seq_len
+    flops = 2 * weights + 2 * D * seen_twice  # scores and sums: 2 * 2 * D for each one seen
+    return Part(layer, "attention", weights, weights, flops, flops)
+
+
+def _moe(layer: str, D: int, moe: MoEConfig) -> Iterator[Part]:
+    groups = moe.experts + moe.null_experts
+    weights, biases = _score(moe.router, D, groups, moe.router_hidden)
+    both = weights + biases
+    yield Part(layer, "router", both, both, 2 * weights, 2 * weights)
+    one, rows = 3 * D * moe.hidden, rows_of(moe)
+    experts = moe.experts * one
+    yield Part(layer, "experts", experts, round(rows * one), round(2 * rows * one), 2 * experts)
+    if moe.shared_hidden:
+        yield _dense(layer, "shared", D, moe.shared_hidden)
+
+
+def _dense(layer: str, name: str, D: int, hidden: int) -> Part:
+    weights = 3 * D * hidden
+    return Part(layer, name, weights, weights, 2 * weights, 2 * weights)
+
+
+def rows_of(moe: MoEConfig) -> float:
+    """Rows per token and layer: top_k, less what null experts take, which no config knows."""
+    if moe.policy == "top_k":
+        return moe.top_k
+    return min(moe.experts, moe.top_k * (moe.capacity_factor or 1.0))
