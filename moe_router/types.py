@@ -83,11 +83,17 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What a routed layer returns. The block adds `delta_TD` to the residual, once."""
+    """What a routed layer returns. The block adds `delta_TD` to the residual, once.
+
+    Attributes:
+        overflow: bool scalar: a static bound was too small, nothing of this pass may be used;
+            None: there is no such bound.
+    """
 
     delta_TD: Tensor
     choice: Choice
     plan: Plan
+    overflow: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 from moe_router.dispatch.all_to_all import AllToAll
 from moe_router.dispatch.base import Dispatcher, Received
+from moe_router.dispatch.bounded import Bounded
+from moe_router.dispatch.gather_scatter import GatherScatter
 from moe_router.dispatch.local import Local
+from moe_router.dispatch.padded import Padded
 
-__all__ = ["AllToAll", "Dispatcher", "Local", "Received"]
+__all__ = ["AllToAll", "Bounded", "Dispatcher", "GatherScatter", "Local", "Padded", "Received"]

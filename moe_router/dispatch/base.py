@@ -5,13 +5,17 @@ ids and fp32 weights of its choices. The expert side makes a second Plan over wh
 runs its experts, weights and sums the choices of a row, and `combine` brings the sums home.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
+
+Group = ProcessGroup | None  # None: the default process group
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +27,15 @@ class Received:
         choice: target_NK are local expert slots, -1 for choices that live elsewhere.
         plan: over the local experts; gather rows of x_ND by `plan.src_R`.
         handle: what `combine` needs to find the way back; private to the transport.
+        overflow: bool scalar on the device: a row found no place within a static bound, here or
+            on its way here, so the result must not be used. None: no bound, no overflow.
     """
 
     x_ND: Tensor
     choice: Choice
     plan: Plan
     handle: Any
+    overflow: Tensor | None = None
 
 
 class Dispatcher(Protocol):
@@ -46,3 +53,7 @@ class Dispatcher(Protocol):
     def total(self, x: Tensor) -> Tensor:
         """Sum over all ranks, without gradient, in a fixed order."""
         ...
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """Until it ends, static bounds give way to host splits: no row can be lost."""
+        return nullcontext()

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from moe_router.dispatch.base import Received
+from moe_router.dispatch.base import Dispatcher, Received
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
 
 
-class Local:
+class Local(Dispatcher):
     rank = 0
     ranks = 1
 

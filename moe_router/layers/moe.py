@@ -81,7 +81,7 @@ class MoE(nn.Module):
             delta_TD = delta_TD + self.shared(x_TD)
         if not isinstance(x, Tokens):
             delta_TD = delta_TD.view(x.shape)
-        return Routed(delta_TD, choice, plan)
+        return Routed(delta_TD, choice, plan, received.overflow)
 
     def aux_loss(self, choice: Choice) -> Tensor:
         """The routing losses times their coefficients: this rank's share of a global sum."""

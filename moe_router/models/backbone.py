@@ -107,7 +107,7 @@ class Backbone(nn.Module):
         experts = (dispatcher, placement, kernels)
         self.blocks = nn.ModuleList(Block(config, i, *experts) for i in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self._dispatcher = dispatcher or Local()
+        self.dispatcher = dispatcher or Local()
         # by the block after which tokens leave; after the last one they leave anyway
         self.halts, self.prunes = nn.ModuleDict(), nn.ModuleDict()
         for i in range(config.layers - 1):
@@ -161,7 +161,7 @@ class Backbone(nn.Module):
             if self.training:
                 # new_full, not new_tensor: a fill does not wait for the device
                 mine = passed.halted.cumulative_T.new_full((), packing.tokens)
-                count = self._dispatcher.total(mine)
+                count = self.dispatcher.total(mine)
                 passed.depth.append({"ponder": ponder_loss(passed.halted, count)})
         return passed
 

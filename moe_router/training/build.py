@@ -5,7 +5,7 @@ import os
 import torch
 
 from moe_router.config import Config
-from moe_router.dispatch import AllToAll, Dispatcher, Local
+from moe_router.dispatch import AllToAll, Bounded, Dispatcher, GatherScatter, Local, Padded
 from moe_router.models import (
     CausalLM,
     Classifier,
@@ -45,6 +45,22 @@ def new_model(config: Config, vocab: int, dispatcher: Dispatcher) -> CausalLM | 
             return ImageClassifier(model, config.data.image, classes, **running)
 
 
+def training_dispatcher(config: Config, ranks: int) -> Dispatcher:
+    """How the tokens of a training step reach the experts."""
+    if ranks == 1:
+        return Local()
+    exact = AllToAll()
+    rows = config.train.batch // config.train.accumulation // ranks
+    bounds = (rows * config.data.seq_len, config.cluster.row_bound)
+    match config.cluster.transport:
+        case "all_to_all":
+            return exact
+        case "padded":
+            return Bounded(Padded(*bounds), exact)
+        case "gather_scatter":
+            return Bounded(GatherScatter(*bounds), exact)
+
+
 def build_model(
     config: Config, dataset: AnyDataset, *, ranks: int, device: torch.device
 ) -> CausalLM | Classifier:
@@ -54,7 +70,7 @@ def build_model(
         dataset: that it is trained on.
         ranks: of the default process group, which must exist when there are several.
     """
-    model = new_model(config, dataset.vocab, AllToAll() if ranks > 1 else Local())
+    model = new_model(config, dataset.vocab, training_dispatcher(config, ranks))
     init_parameters(model, config.run.seed)
     if isinstance(model, ImageClassifier):
         assert isinstance(dataset, ImageDataset)

@@ -24,12 +24,7 @@ from moe_router.training.data import AnyDataset, Batch, load_dataset, train_batc
 from moe_router.training.diagnose import first_cause
 from moe_router.training.evaluate import evaluate
 from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step, square_sum
-from moe_router.training.parallel import (
-    Ownership,
-    local_gradients,
-    moe_layers,
-    sum_gradients,
-)
+from moe_router.training.parallel import Ownership, local_gradients, moe_layers, sum_gradients
 from moe_router.training.peers import peers_may_be_lost
 from moe_router.training.state import named_state
 from moe_router.training.tally import StepTotals, Tally
@@ -67,6 +62,7 @@ class Trainer:
         self.device = torch.device(device)
         self.dataset = dataset or load_dataset(config.data)
         self.step = 0
+        self.repeated = 0  # steps that were taken again by host splits: see dispatch/bounded.py
         self._run_dir = run_dir
         repeat_bitwise(self.device)
         with peers_may_be_lost(f"rank {rank}, setting up"):
@@ -92,10 +88,10 @@ class Trainer:
 
     def evaluate(self) -> EvalRecord:
         """Held-out quality, equal on all ranks. Raises PeerLostError."""
-        with peers_may_be_lost(f"rank {self.rank}, evaluation at step {self.step}"):
-            return evaluate(
-                self.model, self.dataset, self.config, self.step, self.rank, self.ranks, self.device
-            )
+        doing = f"rank {self.rank}, evaluation at step {self.step}"
+        where = (self.rank, self.ranks, self.device)
+        with peers_may_be_lost(doing), self.model.dispatcher.exactly():
+            return evaluate(self.model, self.dataset, self.config, self.step, *where)
 
     def save(self, run_dir: Path, *, wait: bool = False) -> None:
         """Write run_dir/step_N in the background; on all ranks.
@@ -130,13 +126,13 @@ class Trainer:
     def _train_step(self) -> StepRecord:
         began = time.perf_counter()
         self.model.train()
-        experts = self.config.model.moe.experts if self.config.model.moe else 0
         micros = [self._micro(i) for i in range(self.config.train.accumulation)]
-        tally = Tally(len(self._moes), experts, len(micros), self.device)
-        recorder = self._recorder()
-        for micro in micros:
-            self._forward_backward(micro, tally, recorder)
-        totals = self._sum_over_ranks(tally)
+        tally, totals, recorder = self._gradients(micros)
+        if totals.overflows:  # rows were lost: nothing of that pass counts
+            self.repeated += 1
+            self._optimizer.zero_grad(set_to_none=True)
+            with self.model.dispatcher.exactly():
+                tally, totals, recorder = self._gradients(micros)
         tokens = sum(micro.batch.tokens for micro in micros)
         loss = totals.cross_entropy / sum(micro.batch.targets for micro in micros)
         if not (math.isfinite(loss) and math.isfinite(totals.grad_norm)):
@@ -159,6 +155,15 @@ class Trainer:
             executed_flops=totals.executed_flops,
             dense_flops=totals.dense_flops,
         )
+
+    def _gradients(self, micros: list[_Micro]) -> tuple[Tally, StepTotals, Recorder | None]:
+        """Forward and backward of the whole step, summed over all ranks."""
+        experts = self.config.model.moe.experts if self.config.model.moe else 0
+        tally = Tally(len(self._moes), experts, len(micros), self.device)
+        recorder = self._recorder()
+        for micro in micros:
+            self._forward_backward(micro, tally, recorder)
+        return tally, self._sum_over_ranks(tally), recorder
 
     def _micro(self, index: int) -> _Micro:
         config = self.config

@@ -8,7 +8,7 @@ from moe_router.routing import Ledger
 from moe_router.types import Routed
 from moe_router_kernels import reference
 
-_SCALARS = 6  # cross-entropy, asked, kept, executed, dense, square: see `Tally.total`
+_SCALARS = 7  # cross-entropy, asked, kept, overflows, FLOPs: see `Tally.total`
 
 
 class Tally:
@@ -24,6 +24,7 @@ class Tally:
         self._load_LE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
         self._cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
         self._kept = torch.zeros((), dtype=torch.float64, device=device)
+        self._overflows = torch.zeros((), dtype=torch.float64, device=device)
         self._losses: dict[str, Tensor] = {}
 
     def add(
@@ -43,6 +44,8 @@ class Tally:
         for layer, out in enumerate(out for out in routed if out is not None):
             self._load_LE[layer] += reference.count(out.choice.target_TK, self._experts)
             self._kept += out.plan.offsets_G1[-1]
+            if out.overflow is not None:
+                self._overflows += out.overflow
             self._add_losses(out.choice.losses, self._layers)
         for losses in depth:
             self._add_losses(losses, len(depth))
@@ -66,7 +69,8 @@ class Tally:
         """
         names = sorted(self._losses)
         flops = self._load_LE.new_tensor(self.ledger.totals())
-        scalars = [self._cross_entropy, self._load_LE.sum(), self._kept, *flops, apart]
+        rows = [self._load_LE.sum(), self._kept, self._overflows]
+        scalars = [self._cross_entropy, *rows, *flops, apart]
         losses = [self._losses[name] for name in names]
         flat = torch.cat([torch.stack([*scalars, *losses]), self._load_LE.flatten()])
         if ranks > 1:
@@ -80,12 +84,16 @@ class StepTotals:
 
     Attributes:
         cross_entropy: nats, summed over tokens.
+        overflows: passes of a layer on a rank whose static bounds were too small; if there is
+            one, the rest is not true.
         grad_norm: L2, of the global gradient.
         load_LE: fp64, rows chosen for each expert.
     """
 
     def __init__(self, host: Tensor, shape: tuple[int, int], names: list[str]) -> None:
-        self.cross_entropy, asked, kept, executed, dense, square = host[:_SCALARS].tolist()
+        scalars = host[:_SCALARS].tolist()
+        self.cross_entropy, asked, kept, overflows, executed, dense, square = scalars
+        self.overflows = int(overflows)
         self.grad_norm = (square + float(host[-1])) ** 0.5
         self.rows, self.dropped = int(asked), int(asked - kept)
         self.executed_flops, self.dense_flops = int(executed), int(dense)

@@ -6,12 +6,25 @@ import itertools
 import torch
 
 from moe_router.config import MoEConfig
-from moe_router.dispatch import AllToAll
+from moe_router.dispatch import AllToAll, GatherScatter, Local, Padded
+from moe_router.layers.experts import Experts
 from moe_router.layers.moe import MoE
 from moe_router.placement import Placement
-from moe_router.types import Tokens
+from moe_router.routing.plan import plan_from_ids
+from moe_router.types import Choice, Tokens
 
 DIM = 8
+TRANSPORTS = {
+    "all_to_all": lambda tokens, factor: AllToAll(),
+    "padded": lambda tokens, factor: Padded(tokens, factor=factor),
+    "gather_scatter": lambda tokens, factor: GatherScatter(tokens, factor=factor),
+}
+
+
+def transport(name, bounds, factor=1e3):
+    """Bounds that hold whatever comes, unless a factor is given."""
+    most = max(b - a for a, b in itertools.pairwise(bounds))
+    return TRANSPORTS[name](most, factor)
 
 
 def batch(T, seed=0):
@@ -31,9 +44,9 @@ def whole_layer(config):
     return MoE(DIM, config)
 
 
-def shard(layer, placement, rank):
+def shard(layer, placement, rank, dispatcher):
     """The layer of one rank: same router, its slice of the experts."""
-    ours = MoE(DIM, layer.config, dispatcher=AllToAll(), placement=placement)
+    ours = MoE(DIM, layer.config, dispatcher=dispatcher, placement=placement)
     mine = list(placement.experts_of_rank[rank])
     state = layer.state_dict()
     for name in ("experts.gate_up", "experts.down"):
@@ -63,26 +76,28 @@ def forward_backward(layer, tokens, grad_TD):
     }
 
 
-def run_shard(rank, ranks, variant, placement, bounds):
+def run_shard(rank, ranks, name, variant, placement, bounds):
     """Forward and backward of this rank's slice of the batch."""
-    config = MoEConfig(**variant)
-    layer = shard(whole_layer(config), Placement(placement), rank)
+    whole = whole_layer(MoEConfig(**variant))
+    layer = shard(whole, Placement(placement), rank, transport(name, bounds))
     x_TD, grad_TD = batch(bounds[-1])
     mine = slice(bounds[rank], bounds[rank + 1])
     return forward_backward(layer, packed(x_TD[mine]), grad_TD[mine])
 
 
-def run_double(rank, ranks, variant):
+def run_double(rank, ranks, name, variant):
     """The most that an fp64 layer of several ranks differs from one of one rank."""
     whole = whole_layer(MoEConfig(**variant))
-    ours = shard(whole, Placement.contiguous(variant["experts"], ranks), rank).double()
+    placement = Placement.contiguous(variant["experts"], ranks)
+    ours = shard(whole, placement, rank, transport(name, (0, 7))).double()
     x_TD = batch(7)[rank].double()
     return float((ours(x_TD).delta_TD - whole.double()(x_TD).delta_TD).abs().max())
 
 
-def run_without_gradient_to_the_rows(rank, ranks, variant, placement):
+def run_without_gradient_to_the_rows(rank, ranks, name, variant, placement):
     """Only experts learn: neither the tokens nor the router want a gradient."""
-    layer = shard(whole_layer(MoEConfig(**variant, frozen=True)), Placement(placement), rank)
+    whole = whole_layer(MoEConfig(**variant, frozen=True))
+    layer = shard(whole, Placement(placement), rank, transport(name, (0, 7)))
     layer(batch(7)[rank]).delta_TD.sum().backward()
     return layer.experts.down.grad
 
@@ -97,3 +112,83 @@ def run_whole(variant, bounds):
     return forward_backward(
         whole_layer(MoEConfig(**variant)), Tokens(x_TD, position_T, offsets), grad_TD
     )
+
+
+def routed(name, T, experts, top_k, held=(), seed=0):
+    """(T, K) ids of a named routing, each token's distinct, and (T, K) weights.
+
+    Args:
+        held: experts of the hot rank, in `hot_rank`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    popularity = {
+        "uniform": torch.ones(experts),
+        "zipf": 1 / torch.arange(1.0, experts + 1),
+        "hot_expert": torch.tensor([1e6] + [1.0] * (experts - 1)),
+        "hot_rank": torch.tensor([1e6 if e in held else 1.0 for e in range(experts)]),
+        "empty_expert": torch.tensor([0.0] + [1.0] * (experts - 1)),
+        "nobody": torch.ones(experts),
+    }[name]
+    if T == 0:
+        return torch.zeros(0, top_k, dtype=torch.int32), torch.zeros(0, top_k)
+    target_TK = torch.multinomial(popularity.expand(T, -1), top_k, generator=generator).int()
+    weight_TK = torch.rand(T, top_k, generator=generator)
+    if name == "nobody":
+        return torch.full_like(target_TK, -1), torch.zeros_like(weight_TK)
+    dropped_TK = torch.rand(T, top_k, generator=generator) < 0.1  # a null expert
+    return target_TK.masked_fill(dropped_TK, -1), weight_TK.masked_fill(dropped_TK, 0.0)
+
+
+def move(dispatcher, experts, placement, inputs, dtype):
+    """One forward and backward of given choices: results, gradients, and the flag.
+
+    Args:
+        inputs: x_TD, grad_TD, target_TK, weight_TK.
+    """
+    x_TD, grad_TD, target_TK, weight_TK = inputs
+    x_TD, weight_TK = (t.to(dtype).requires_grad_() for t in (x_TD, weight_TK))
+    plan = plan_from_ids(target_TK, placement.experts)
+    choice = Choice(target_TK, weight_TK)
+    received = dispatcher.dispatch(x_TD, choice, plan, placement)
+    y_ND = experts(received.x_ND, received.choice, received.plan)
+    out_TD = dispatcher.combine(y_ND, received)
+    out_TD.backward(grad_TD.to(dtype))
+    return {
+        "out": out_TD.detach(),
+        "x": x_TD.grad,
+        "weight": weight_TK.grad,
+        "gate_up": gradient(experts.gate_up),
+        "down": gradient(experts.down),
+        "overflow": received.overflow is not None and bool(received.overflow),
+    }
+
+
+def drawn(routing, placement, bounds, top_k):
+    """x, its gradient, and the choices, of all ranks together."""
+    ids_W = placement.experts_of_rank
+    args = (bounds[-1], placement.experts, top_k, ids_W[-1])
+    return (*batch(bounds[-1]), *routed(routing, *args))
+
+
+def experts_of(placement, ids, dtype):
+    torch.manual_seed(2)
+    whole = Experts(placement.experts, DIM, 12, "reference").to(dtype)
+    part = Experts(len(ids), DIM, 12, "reference").to(dtype)
+    for ours, all_of_them in zip(part.parameters(), whole.parameters(), strict=True):
+        ours.data.copy_(all_of_them.data[list(ids)])
+    return part
+
+
+def move_whole(routing, placement, bounds, top_k, dtype):
+    placement = Placement(placement)
+    experts = experts_of(placement, range(placement.experts), dtype)
+    one = Placement.contiguous(placement.experts, 1)
+    return move(Local(), experts, one, drawn(routing, placement, bounds, top_k), dtype)
+
+
+def move_part(rank, ranks, name, routing, placement, bounds, top_k, dtype, factor=1e3):
+    placement = Placement(placement)
+    mine = slice(bounds[rank], bounds[rank + 1])
+    inputs = [t[mine] for t in drawn(routing, placement, bounds, top_k)]
+    experts = experts_of(placement, placement.experts_of_rank[rank], dtype)
+    return move(transport(name, bounds, factor), experts, placement, inputs, dtype)

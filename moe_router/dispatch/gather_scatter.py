@@ -1,0 +1,111 @@
+"""Every rank sees all tokens and computes those that chose it; results are summed on the way home.
+
+An all-gather and a reduce-scatter of static shapes: no counts, no wait of the host. The best
+simple transport on two ranks, where nearly every token has an expert on both. The sum over ranks
+is the collective's, in the dtype of the rows: on more than two ranks 16-bit sums round more often
+than the others' fp32 ones do.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_router.dispatch.base import Dispatcher, Group, Received
+from moe_router.dispatch.exchange import pack, unpack
+from moe_router.dispatch.where import Tables, pad, plan_within, rows_of_experts
+from moe_router.placement import Placement
+from moe_router.types import Choice, Plan
+
+# torch 2.13 renamed both, and its predecessors have only the old names
+_gather_all = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_sum_apart = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather(x: Tensor, ranks: int, group: Group) -> Tensor:
+    """The rows of every rank, in order of rank; no gradient."""
+    out = x.new_empty((ranks * x.size(0), *x.shape[1:]))
+    _gather_all(out, x.contiguous(), group=group)
+    return out
+
+
+def reduce_scatter(x: Tensor, ranks: int, group: Group) -> Tensor:
+    """This rank's part of the rows, summed over ranks; no gradient."""
+    out = x.new_empty((x.size(0) // ranks, *x.shape[1:]))
+    _sum_apart(out, x.contiguous(), group=group)
+    return out
+
+
+class _Share(torch.autograd.Function):
+    """Rows, weights and ids to all ranks; gradients of rows and weights are summed home."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_TK: Tensor, id_TK: Tensor, ranks: int, group: Group
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.way = (ranks, group)
+        packed = all_gather(pack(weight_TK, id_TK), ranks, group)
+        weight_NK, id_NK = unpack(packed, weight_TK.dtype, id_TK.size(1))
+        ctx.mark_non_differentiable(id_NK)
+        return all_gather(x_TD, ranks, group), weight_NK, id_NK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_TD, grad_TK = (reduce_scatter(grad, *ctx.way) for grad in grads[:2])
+        return grad_TD, grad_TK, None, None, None
+
+
+class _SumHome(torch.autograd.Function):
+    """Results summed home; their gradients go to all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, ranks: int, group: Group) -> Tensor:
+        ctx.way = (ranks, group)
+        return reduce_scatter(y_ND, ranks, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grads[0], *ctx.way), None, None
+
+
+class GatherScatter(Dispatcher):
+    """Args:
+    tokens: the most tokens of one rank, equal on all of them; a rank with fewer pads.
+    factor: rows of a rank's experts, as a multiple of what even routing fills; at least 1.
+    group: the ranks; None is the default process group.
+    """
+
+    def __init__(self, tokens: int, factor: float = 2.0, group: Group = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
+        self._tokens, self._factor = tokens, factor
+        self._tables = Tables()
+
+    def dispatch(self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement) -> Received:
+        tokens, (T, K) = self._tokens, choice.target_TK.shape
+        where = self._tables.find(choice, plan, placement)
+        most = max(map(len, placement.experts_of_rank))
+        id_TK = torch.where(where.rank_TK < 0, -1, where.rank_TK * most + where.slot_TK)
+        x_ND, weight_NK, id_NK = _Share.apply(  # type: ignore[no-untyped-call]
+            pad(x_TD, tokens), pad(choice.weight_TK, tokens), pad(id_TK, tokens, -1),
+            self.ranks, self.group,
+        )  # fmt: skip
+        here_NK = (id_NK >= 0) & (id_NK // most == self.rank)
+        id_NK = torch.where(here_NK, id_NK % most, -1)
+        weight_NK = weight_NK.masked_fill(~here_NK, 0.0)
+        held = len(placement.experts_of_rank[self.rank])
+        bound = (tokens, placement, self.rank, K, self.ranks * tokens, self._factor)
+        local, too_few = plan_within(id_NK, held, rows_of_experts(*bound))
+        overflow = too_few if tokens >= T else torch.ones_like(too_few)
+        return Received(x_ND, Choice(id_NK, weight_NK), local, T, overflow)
+
+    def combine(self, y_ND: Tensor, received: Received) -> Tensor:
+        home_TD = _SumHome.apply(y_ND, self.ranks, self.group)  # type: ignore[no-untyped-call]
+        return pad(home_TD, received.handle)
+
+    def total(self, x: Tensor) -> Tensor:
+        summed = x.clone()
+        dist.all_reduce(summed, group=self.group)
+        return summed
