@@ -82,6 +82,11 @@ def test_own_data_needs_a_path():
         DataConfig(source="jsonl")
 
 
+def test_static_rows_hold_the_mean_load_at_least():
+    with pytest.raises(ConfigError, match=r"^cluster\.row_bound=0\.9: want at least 1, the mean"):
+        ClusterConfig(row_bound=0.9)
+
+
 def test_a_run_name_is_no_path():
     with pytest.raises(ConfigError, match=r"run\.name=a/b: want a folder name"):
         RunConfig(name="a/b")

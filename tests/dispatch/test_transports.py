@@ -43,25 +43,26 @@ def assert_equals_local(parts, whole, placement, **tolerance):
             torch.testing.assert_close(part[key], whole[key][list(experts)], **tolerance)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_equals_local(name, routing):
-    kind, placement, bounds = ROUTINGS[routing]
-    for top_k, dtype, rtol in ((2, torch.float32, 1e-5), (1, torch.float64, 1e-12)):
-        case = (kind, placement, bounds, top_k, dtype)
-        whole = work.move_whole(*case)
-        parts = run_ranks(2, work.move_part, name, *case)
-        assert not any(part["overflow"] for part in parts)
-        assert_equals_local(parts, whole, placement, rtol=rtol, atol=rtol / 10)
+def assert_all_equal_local(name, ranks, cases):
+    for case, parts in zip(
+        cases, zip(*run_ranks(ranks, work.move_parts, name, cases), strict=True), strict=True
+    ):
+        assert not any(part["overflow"] for part in parts), case
+        rtol = 1e-12 if case[-1] == torch.float64 else 1e-5
+        assert_equals_local(parts, work.move_whole(*case), case[1], rtol=rtol, atol=rtol / 10)
+
+
+def test_equals_local(name):
+    kinds = ((2, torch.float32), (1, torch.float64))
+    assert_all_equal_local(name, 2, [(*r, *kind) for r in ROUTINGS.values() for kind in kinds])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["uniform", "zipf", "hot_expert", "hot_rank", "empty_expert"])
-def test_four_ranks_equal_local(name, kind):
-    for bounds in ((0, 6, 12, 18, 24), (0, 0, 1, 20, 20)):
-        case = (kind, FOUR, bounds, 3, torch.float32)
-        parts = run_ranks(4, work.move_part, name, *case)
-        whole = work.move_whole(*case)
-        assert_equals_local(parts, whole, FOUR, rtol=1e-5, atol=1e-6)
+def test_four_ranks_equal_local(name):
+    bounds = ((0, 6, 12, 18, 24), (0, 0, 1, 20, 20))
+    kinds = ("uniform", "zipf", "hot_expert", "hot_rank", "empty_expert")
+    cases = [(kind, FOUR, cut, 3, torch.float32) for kind in kinds for cut in bounds]
+    assert_all_equal_local(name, 4, cases)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -128,3 +129,16 @@ def test_a_rank_without_experts_joins_the_backward_that_only_experts_need(name):
     args = (name, BASE, ONE_SIDED)
     all_of_them, none = run_ranks(2, work.run_without_gradient_to_the_rows, *args)
     assert all_of_them.norm() > 0 and none.shape == (0, 8, 12)
+
+
+@pytest.mark.parametrize("kind", ["hot_rank", "hot_expert"])
+def test_what_does_not_fit_is_told_and_leaves_the_rest_right(name, kind):
+    """Bounds of the mean load: only a transport that counts gets all tokens to one rank."""
+    case = (kind, EVEN, (0, 12, 24), 1, torch.float32)
+    parts = run_ranks(2, work.move_part, name, *case, 1.0)
+    assert any(part["overflow"] for part in parts) == (name != "all_to_all")
+    out_TD = torch.cat([part["out"] for part in parts])
+    whole_TD = work.move_whole(*case)["out"]
+    kept_T = out_TD.abs().sum(1) > 0
+    torch.testing.assert_close(out_TD[kept_T], whole_TD[kept_T], rtol=1e-5, atol=1e-6)
+    assert int(kept_T.sum()) >= 8 and all(part["x"].isfinite().all() for part in parts)

@@ -192,3 +192,7 @@ def move_part(rank, ranks, name, routing, placement, bounds, top_k, dtype, facto
     inputs = [t[mine] for t in drawn(routing, placement, bounds, top_k)]
     experts = experts_of(placement, placement.experts_of_rank[rank], dtype)
     return move(transport(name, bounds, factor), experts, placement, inputs, dtype)
+
+
+def move_parts(rank, ranks, name, cases):
+    return [move_part(rank, ranks, name, *case) for case in cases]

@@ -24,7 +24,9 @@ MOE = {"experts": 8, "top_k": 2, "hidden": 32}
 TRAIN = {"steps": 20, "batch": 12, "lr": 3e-3, "warmup": 2, "eval_rows": 24, "clip_norm": 0.5}
 
 
-def tiny(moe: dict | None = None, model: dict | None = None, **train) -> Config:
+def tiny(
+    moe: dict | None = None, model: dict | None = None, cluster: dict | None = None, **train
+) -> Config:
     """A config that takes milliseconds a step."""
     return config_from_dict(
         {
@@ -32,6 +34,7 @@ def tiny(moe: dict | None = None, model: dict | None = None, **train) -> Config:
             "data": {"source": "pydoc", "seq_len": 32},
             "model": MODEL | {"moe": MOE | (moe or {})} | (model or {}),
             "train": TRAIN | train,
+            "cluster": cluster or {},
         }
     )
 
@@ -142,6 +145,17 @@ def one_sided(rank, ranks, config):
     for _ in range(3):
         trainer.train_step()
     return {n: t for n, t in copies(trainer).items() if not n.startswith("optimizer")}
+
+
+def leaning(rank, ranks, config, hot):
+    """Three steps in which every token goes to the expert of one rank: how often they were taken
+    again, what they reported, the weights."""
+    trainer = Trainer(config, rank=rank, ranks=ranks)
+    for moe in parallel.moe_layers(trainer.model):
+        moe.router.bias_E[hot] = 10.0
+    records = [trainer.train_step() for _ in range(3)]
+    said = [(r.loss, r.losses, r.grad_norm, r.load_LE, r.executed_flops) for r in records]
+    return trainer.repeated, said, copies(trainer)
 
 
 def failing_write(rank, ranks, failing, folder):

@@ -1,0 +1,80 @@
+"""Which rows a message has, and how many there may be."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_router.dispatch.where import (
+    goes_to,
+    lay_out,
+    pad,
+    plan_within,
+    rows_of_experts,
+    slots_of_rank,
+)
+from moe_router.placement import Placement
+from moe_router.routing.plan import plan_from_ids
+from tests.strategies import targets
+
+
+@settings(max_examples=15)
+@given(targets(max_tokens=9, max_groups=4), st.integers(0, 3))
+def test_rows_are_those_of_a_plan_with_room_behind_each_rank(routing, room):
+    rank_TK, W = routing
+    goes_TW = goes_to(rank_TK, W)
+    bound_W = goes_TW.sum(0) + room
+    rows = lay_out(goes_TW, bound_W, int(bound_W.sum()))
+    plan = plan_from_ids(torch.where(goes_TW, torch.arange(W), -1).int(), W)
+    live = rows.choice_R >= 0
+    end = int(plan.offsets_G1[-1])
+    assert torch.equal(rows.choice_R[live], plan.choice_R[:end])
+    assert torch.equal(rows.src_R[live], plan.src_R[:end])
+    assert not (live ^ (rows.src_R >= 0)).any() and not rows.overflow
+    routed = rows.row_TW >= 0
+    assert torch.equal(routed, goes_TW)
+    back = rows.choice_R[rows.row_TW[routed].long()]
+    assert torch.equal(back.long(), routed.flatten().nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("bound, overflow", [((2, 2), False), ((1, 2), True), ((2, 0), True)])
+def test_who_finds_no_slot_is_dropped_and_told(bound, overflow):
+    goes_TW = goes_to(torch.tensor([[0, 1], [-1, 0], [1, 1]]), 2)
+    rows = lay_out(goes_TW, torch.tensor(bound), sum(bound))
+    assert bool(rows.overflow) is overflow
+    kept = [min(2, n) for n in bound]
+    assert (rows.row_TW >= 0).sum(0).tolist() == kept
+    first_come = rows.row_TW[0].tolist()
+    assert first_come == [0 if bound[0] else -1, bound[0] if bound[1] else -1]
+
+
+def test_a_plan_of_too_few_rows_loses_the_last_ones():
+    id_NK = torch.tensor([[0, 1], [1, -1], [0, 2]], dtype=torch.int32)
+    whole, fits = plan_within(id_NK, 3, 6)
+    assert not fits and whole.offsets_G1.tolist() == [0, 2, 4, 5]
+    cut, too_few = plan_within(id_NK, 3, 3)
+    assert too_few and cut.offsets_G1.tolist() == [0, 2, 3, 3]
+    assert cut.src_R.tolist() == [0, 2, 0]
+    assert cut.row_TK.tolist() == [[0, 2], [-1, -1], [1, -1]]
+
+
+def test_bounds_are_a_multiple_of_what_even_routing_sends():
+    four = Placement.contiguous(8, 4)
+    # a token with one choice goes to one rank in four; with every choice, to all of them
+    assert slots_of_rank(100, four, 1, 2.0) == [50] * 4
+    assert slots_of_rank(100, four, 8, 2.0) == [100] * 4
+    # 1 - C(6, 2) / C(8, 2) = 13 / 28
+    assert slots_of_rank(100, four, 2, 1.0) == [47] * 4
+    uneven = Placement(((0, 1, 2, 3, 4, 5), (6, 7), ()))
+    assert slots_of_rank(100, uneven, 1, 1.0) == [75, 25, 0]
+    assert rows_of_experts(100, uneven, 0, 2, 300, 1.0) == 450
+    assert rows_of_experts(100, uneven, 0, 2, 100, 2.0) == 200  # no more than arrive
+    assert rows_of_experts(100, uneven, 2, 2, 300, 1.0) == 0
+
+
+def test_padding_fills_or_cuts():
+    x_TD = torch.ones(2, 3, requires_grad=True)
+    assert pad(x_TD, 4).sum(1).tolist() == [3, 3, 0, 0]
+    assert pad(x_TD, 1).shape == (1, 3) and pad(x_TD[:0], 2, -1).tolist() == [[-1] * 3] * 2
+    pad(x_TD, 4).sum().backward()
+    assert torch.equal(x_TD.grad, torch.ones(2, 3))
