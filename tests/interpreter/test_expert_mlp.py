@@ -12,10 +12,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
-from moe_router_kernels import expert_op, grouped  # noqa: E402
+from moe_router_kernels import expert_op, grouped, plan_from_ids  # noqa: E402
 from moe_router_kernels.expert_op import expert_mlp  # noqa: E402
 from moe_router_kernels.permute import combine_rows  # noqa: E402
 from moe_router_kernels.tiles import Tile  # noqa: E402
+from tests.interpreter.poison import poisoned  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # bf16 in the interpreter is wrong without a word, so it is for the GPU alone
@@ -24,11 +25,13 @@ ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def routing(T, G, K, kind, generator):
-    """(T, K) ids: distinct in a token, some missing; skewed onto few groups, or one."""
+    """(T, K) ids: distinct in a token, some missing; skewed onto few groups, or one alone."""
     score_TG = torch.rand(T, G, generator=generator)
     if kind == "skewed":
         score_TG = score_TG + 2 * (torch.arange(G) < max(K, G // 3))
     ids_TK = score_TG.argsort(1, descending=True)[:, :K].int()
+    if kind == "hot":
+        ids_TK[:, 1:], ids_TK[:, 0] = -1, G - 1
     if kind == "holes":
         ids_TK[torch.rand(T, K, generator=generator) < 0.4] = -1
     if kind == "none":
@@ -69,7 +72,7 @@ def error(one, other):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["uniform", "skewed", "holes", "none"])
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "hot", "holes", "none"])
 @pytest.mark.parametrize(
     "T, D, hidden, G, K", [(1, 16, 8, 1, 1), (21, 32, 24, 5, 2), (70, 40, 56, 7, 3)]
 )
@@ -77,9 +80,10 @@ def test_values_and_gradients_are_the_reference(T, D, hidden, G, K, kind, dtype)
     leaves, plan, grad_TD = tensors(T, D, hidden, G, K, kind, dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     wanted = oracle(exact, plan)
-    got = expert_mlp(*leaves, *plan)
+    with poisoned():
+        got = expert_mlp(*leaves, *plan)
+        grads = torch.autograd.grad(got, leaves, grad_TD)
     assert got.dtype == dtype and error(got, wanted) < ERROR[dtype]
-    grads = torch.autograd.grad(got, leaves, grad_TD)
     wanted_grads = torch.autograd.grad(wanted, exact, grad_TD.double())
     for name, one, other in zip(
         ["x", "weight", "gate_up", "down"], grads, wanted_grads, strict=True
@@ -158,3 +162,30 @@ def test_nothing_is_read_past_the_last_group():
             dtype=torch.float32, tile=tile,
         )  # fmt: skip
         assert weights.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count():
+    """rows * 2 F is above 2^31: the last rows are right."""
+    T, D, hidden, G, K = 1 << 17, 64, 1040, 8, 8
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=DEVICE).bfloat16()
+
+    leaves = [normal(T, D), torch.rand(T, K, device=DEVICE), normal(G, 2 * hidden, D) * D**-0.5]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, normal(G, D, hidden) * hidden**-0.5)]
+    target_TK = torch.arange(K, dtype=torch.int32, device=DEVICE).expand(T, K)
+    plan = plan_from_ids(target_TK, G)
+    assert plan[0].numel() * 2 * hidden > 1 << 31
+    grad_TD = normal(T, D)
+    got = expert_mlp(*leaves, *plan)
+    grads = torch.autograd.grad(got, leaves, grad_TD)
+    few = torch.arange(T - 40, T, device=DEVICE)
+    some = [leaf.detach()[few] if i < 2 else leaf.detach() for i, leaf in enumerate(leaves)]
+    some = [leaf.double().requires_grad_() for leaf in some]
+    wanted = oracle(some, plan_from_ids(target_TK[few], G, "reference"))
+    wanted_grads = torch.autograd.grad(wanted, some[:2], grad_TD[few].double())
+    assert error(got[few], wanted) < ERROR[torch.bfloat16]
+    for one, other in zip(grads[:2], wanted_grads, strict=True):
+        assert error(one[few], other) < 2 * ERROR[torch.bfloat16]

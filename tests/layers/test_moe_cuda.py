@@ -84,3 +84,61 @@ def test_the_router_never_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert routed.delta_TD.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 256])
+@pytest.mark.parametrize("name", ["softmax", "deepseek", "null"])
+def test_the_whole_layer_is_captured_in_a_cuda_graph(name, tokens):
+    torch.manual_seed(0)
+    moe = MoE(64, MoEConfig(experts=8, top_k=2, hidden=96, **VARIANTS[name])).cuda().bfloat16()
+    moe.eval().requires_grad_(False)
+    x = torch.randn(1, tokens, 64, device="cuda", dtype=torch.bfloat16)
+    replay = _captured(lambda: moe(x).delta_TD)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        assert torch.equal(replay(), moe(x).delta_TD)
+
+
+@pytest.mark.parametrize("name", ["softmax", "deepseek"])
+def test_forward_and_backward_are_captured_in_a_cuda_graph(name):
+    torch.manual_seed(0)
+    moe = MoE(64, MoEConfig(experts=8, top_k=2, hidden=96, **VARIANTS[name])).cuda().bfloat16()
+    x = torch.randn(1, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, *(p for p in moe.parameters() if p.requires_grad)]
+
+    def step():
+        routed = moe(x)
+        loss = routed.delta_TD.float().square().sum() + moe.aux_loss(routed.choice)
+        return torch.stack([g.float().sum() for g in torch.autograd.grad(loss, leaves)])
+
+    replay = _captured(step)
+    for _ in range(2):
+        x.data.copy_(torch.randn_like(x))
+        assert torch.equal(replay(), step())
+
+
+def _captured(run):
+    """Replays run; its result is the one it had when captured, rewritten."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay():
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+def test_torch_compiles_the_layer_on_the_gpu():
+    torch.manual_seed(0)
+    moe = MoE(64, MoEConfig(experts=8, top_k=2, hidden=96)).cuda().bfloat16()
+    compiled = torch.compile(lambda x: moe(x).delta_TD, fullgraph=True)
+    x = torch.randn(2, 30, 64, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(compiled(x), moe(x).delta_TD, rtol=2e-2, atol=2e-2)
