@@ -103,7 +103,7 @@ def compile_all(folder: str, workers: int, seconds: float, jobs: list[Any]) -> d
 
 
 def main() -> None:
-    from benchmarks.kernels import LAYERS
+    from benchmarks.kernel_shapes import LAYERS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peers", required=True)

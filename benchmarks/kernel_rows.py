@@ -1,100 +1,18 @@
 """Rows of the kernels' table: ours and the peers, checked, then timed in turn in one process."""
 
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.layer_check import BOUND, Oracle, make_layer, saved_bytes
+from benchmarks.contest import OURS, Field, Result, WrongResult, contend, graphed, timed
+from benchmarks.layer_check import BOUND, Oracle, make_layer, peak_bytes, saved_bytes
 from benchmarks.peers import ours
-from benchmarks.peers.base import Call, Layer, Peer
-from benchmarks.results import Row
-from benchmarks.timing import Run, Timing, capture, interleave
+from benchmarks.peers.base import Call, Layer, Limited, Peer
+from benchmarks.timing import Run
 
-OURS = "moe_router"
 HIDDEN = "eager, launches hidden"
-STARTED = time.monotonic()
-
-
-class WrongResult(Exception):
-    """A contender's numbers are not the reference's."""
-
-
-@dataclass
-class Field:
-    """Everybody who takes part; a string says why a peer does not."""
-
-    peers: dict[str, Peer | str]
-    matmul: float = 0.0  # measured ceilings: TFLOP/s, GB/s
-    copy: float = 0.0
-    untuned: dict[str, set[str]] = field(default_factory=dict)  # peer: shapes left out
-
-
-@dataclass
-class Result:
-    """One contender in one row: a value with its spread, or a reason."""
-
-    timing: Timing | None = None
-    mode: str = ""
-    error: float | None = None
-    reason: str = ""
-    saved: int | None = None
-
-
-def tell(text: str) -> None:
-    print(f"[{time.monotonic() - STARTED:5.0f} s] {text}", file=sys.stderr, flush=True)
-
-
-def why(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines() or [""]
-    return f"{type(problem).__name__}: {lines[0][:120]}"
-
-
-def _all(of: Field, tag: str, prepare: Callable[[Peer, Result], Run]) -> tuple[Any, Any]:
-    """Prepare and check every contender; failures become reasons in their results."""
-    runs: dict[str, Run] = {}
-    results: dict[str, Result] = {}
-    for name, peer in of.peers.items():
-        result = results[name] = Result()
-        if isinstance(peer, str):
-            result.reason = peer
-            continue
-        if any(shape in tag for shape in of.untuned.get(name, ())):
-            result.reason = "not all of its tuning candidates were compiled in the time given"
-            continue
-        tell(f"{tag}: {peer.name}")
-        try:
-            runs[name] = prepare(peer, result)
-        except Exception as problem:  # whatever a peer raises is its line in the table
-            result.reason = why(problem)
-            tell(f"{tag}: {peer.name}: {result.reason}")
-    return runs, results
-
-
-def _graphed(peer: Peer, run: Run, result: Result) -> Run:
-    """A CUDA graph of run where the peer allows one."""
-    if isinstance(peer.graph, str):
-        result.mode = f"eager: {peer.graph}"
-        return run
-    try:
-        replay = capture(run)
-    except Exception as problem:  # then it is timed eagerly, and the row says so
-        torch.cuda.synchronize()
-        result.mode = f"eager: no graph, {why(problem)}"
-        return run
-    result.mode = "graph"
-    return replay
-
-
-def _finish(runs: dict[str, Run], results: dict[str, Result], **how: Any) -> dict[str, Result]:
-    if OURS in runs:
-        for name, timing in interleave(runs, **how).items():
-            results[name].timing = timing
-    return results
 
 
 def measure_route(of: Field, shape: tuple[int, int, int], width: int | None) -> Any:
@@ -117,17 +35,17 @@ def measure_route(of: Field, shape: tuple[int, int, int], width: int | None) -> 
         if peer.name == OURS and not ours.check_route(logits, K, x_TD):
             raise WrongResult("not the reference's Plan")
         eager[peer.name] = run
-        return _graphed(peer, run, result)
+        return graphed(peer, run, result)
 
     tag = f"route T{T} D{width}"
-    runs, results = _all(of, tag, prepare)
-    _finish(runs, results, rounds=100)
+    runs, results = contend(of, tag, prepare)
+    timed(runs, results, rounds=100)
     by_name = {of.peers[name].name: name for name in runs}  # type: ignore[union-attr]
     calls = {by_name[name]: run for name, run in eager.items()}
     host = {name: Result(reason=result.reason) for name, result in results.items()}
     for name in calls:
         host[name].mode = "eager"
-    return results, _finish(calls, host, rounds=50, idle=True)
+    return results, timed(calls, host, rounds=50, idle=True)
 
 
 def _forward(of: Field, tag: str, layer: Layer, oracle: Oracle) -> dict[str, Result]:
@@ -146,7 +64,7 @@ def _forward(of: Field, tag: str, layer: Layer, oracle: Oracle) -> dict[str, Res
         result.mode = HIDDEN + (", sorts inside" if call.sorts else "")
         return run
 
-    return _finish(*_all(of, f"forward {tag}", prepare), rounds=20)
+    return timed(*contend(of, f"forward {tag}", prepare), rounds=20)
 
 
 def _both(of: Field, tag: str, layer: Layer, oracle: Oracle) -> dict[str, Result]:
@@ -157,14 +75,14 @@ def _both(of: Field, tag: str, layer: Layer, oracle: Oracle) -> dict[str, Result
         result.error = oracle.backward(call)
         if not result.error < BOUND:
             raise WrongResult(f"error {result.error:.3g}")
-        result.saved, result.mode = saved_bytes(call), HIDDEN
 
         def run() -> None:
             torch.autograd.grad(call.run(), call.leaves, layer.grad_TD)
 
+        result.saved, result.peak, result.mode = saved_bytes(call), peak_bytes(run), HIDDEN
         return run
 
-    return _finish(*_all(of, f"forward_backward {tag}", prepare), rounds=12)
+    return timed(*contend(of, f"forward_backward {tag}", prepare), rounds=12)
 
 
 def measure_layer(of: Field, shape: tuple[int, ...], kinds: set[str]) -> dict[str, Any]:
@@ -176,47 +94,88 @@ def measure_layer(of: Field, shape: tuple[int, ...], kinds: set[str]) -> dict[st
     if "forward" in kinds:
         out["forward"] = _forward(of, tag, layer, oracle)
     torch.cuda.empty_cache()
-    if kinds & {"forward_backward", "saved"}:
+    if kinds - {"forward"}:
         out["forward_backward"] = _both(of, tag, layer, oracle)
     torch.cuda.empty_cache()
     return out
 
 
-def row(
-    name: str,
-    unit: str,
-    results: dict[str, Result],
-    value_of: Callable[[Result, bool], float | None],
-    *,
-    ceiling: float,
-    goal: float | None,
-    peers: dict[str, Peer | str],
-) -> Row:
-    """The contract's row. value_of(result, p90) is a peer's value or its slow tail."""
-    up = unit == "TFLOP/s"
-    table: dict[str, Any] = {}
-    for key, result in results.items():
-        peer = peers[key]
-        value = value_of(result, False)
-        label = key if isinstance(peer, str) else peer.name
-        entry: dict[str, Any] = {"reason": result.reason or "not timed"}
-        if value is not None:
-            entry = {"value": value, "p90": value_of(result, True), "mode": result.mode}
-            if result.error is not None:
-                entry["error"] = float(f"{result.error:.3g}")
-        if not isinstance(peer, str):
-            entry["version"] = peer.version()
-        table[label] = entry
-    mine = table.pop(OURS)
-    timed = {key: entry["value"] for key, entry in table.items() if "value" in entry}
-    best = (max if up else min)(timed, key=lambda key: timed[key]) if timed else None
-    value, rival = mine.get("value"), timed.get(best) if best else None
-    ratio = None
-    if value and rival:
-        ratio = round(value / rival if up else rival / value, 3)
-    return {
-        "name": name, "value": value, "unit": unit, "p90": mine.get("p90"),
-        "mode": mine.get("mode"), "best_peer": best, "peer_value": rival, "ratio": ratio,
-        "ceiling": float(f"{ceiling:.3g}"), "goal": goal, "correct": value is not None,
-        "error": mine.get("error"), "reason": mine.get("reason"), "peers": table,
-    }  # fmt: skip
+def measure_groups(of: Field, shape: tuple[int, int, int]) -> dict[str, Result]:
+    """Graph replays of a choice limited to 4 of 8 groups: sigmoid, bias, logits to Plan."""
+    E, K, T = shape
+    torch.manual_seed(T)
+    bias_E = torch.randn(E, device="cuda") * 0.1
+    limited = Limited(torch.randn(T, E, device="cuda"), bias_E, K, groups=8, top_groups=4)
+    wanted = ours.route_groups(limited, "reference")().long().sort(1).values
+
+    def prepare(peer: Peer, result: Result) -> Run:
+        if isinstance(peer.route_groups, str):
+            raise NotImplementedError(peer.route_groups)
+        run = peer.route_groups(limited)
+        if not torch.equal(run().long().sort(1).values, wanted):
+            raise WrongResult("other experts than the reference")
+        return graphed(peer, run, result)
+
+    return timed(*contend(of, f"route_groups T{T}", prepare), rounds=100)
+
+
+def measure_decode(of: Field, shape: tuple[int, ...]) -> dict[str, Result]:
+    """Graph replays of a layer with few tokens, ids given."""
+    layer = make_layer(shape)
+    oracle = Oracle(layer)
+
+    def prepare(peer: Peer, result: Result) -> Run:
+        if isinstance(peer.layer, str):
+            raise NotImplementedError(peer.layer)
+        call: Call = peer.layer(layer, False)
+        result.error = oracle.forward(call)
+        if not result.error < BOUND:
+            raise WrongResult(f"error {result.error:.3g}")
+        return graphed(peer, torch.no_grad()(call.run), result)
+
+    return timed(*contend(of, f"decode {shape}", prepare), rounds=100)
+
+
+def measure_decode_layer(of: Field, shape: tuple[int, ...]) -> dict[str, Result]:
+    """Graph replays of the whole of our layer, from x alone: router, Plan, experts."""
+    run = torch.no_grad()(ours.whole_layer(make_layer(shape)))
+    alone = Field({OURS: of.peers[OURS]})
+
+    def prepare(peer: Peer, result: Result) -> Run:
+        return graphed(peer, run, result)
+
+    return timed(*contend(alone, f"decode_layer {shape}", prepare), rounds=100)
+
+
+def drawn_near(shape: tuple[int, ...], seed: int) -> tuple[int, ...]:
+    """A shape that nobody tuned for: each size within a quarter of the given one's."""
+    T, D, hidden, E, K = shape
+    draw = random.Random(seed)
+
+    def near(size: int, step: int) -> int:
+        span = max(1, size // (4 * step))
+        moved = draw.choice([n for n in range(-span, span + 1) if n])
+        return size + moved * step
+
+    return near(T, 8), near(D, 64), near(hidden, 32), near(E, 4), K
+
+
+def measure_drawn(of: Field, shape: tuple[int, ...], seed: int) -> tuple[Any, dict[str, Result]]:
+    """A shape drawn at run time, and forward passes of it and of its tuned neighbour, ours alone,
+    as contenders `drawn` and `neighbour`."""
+    drawn = drawn_near(shape, seed)
+    peers: dict[str, Peer | str] = {"drawn": of.peers[OURS], "neighbour": of.peers[OURS]}
+    layers = [make_layer(one) for one in (drawn, shape)]
+    left = iter(layers)
+
+    def prepare(peer: Peer, result: Result) -> Run:
+        layer = next(left)
+        call = ours.layer(layer, False)
+        result.error = Oracle(layer).forward(call)
+        if not result.error < BOUND:
+            raise WrongResult(f"error {result.error:.3g}")
+        result.mode = HIDDEN
+        return torch.no_grad()(call.run)
+
+    runs, results = contend(Field(peers), f"drawn {drawn}", prepare)
+    return drawn, timed(runs, results, rounds=20, needs="drawn")

@@ -13,33 +13,26 @@ import argparse
 import fnmatch
 import json
 import site
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.kernel_shapes import (
+    DECODES,
+    DRAWN,
+    GROUPS,
+    KINDS,
+    LAYERS,
+    PERMUTES,
+    ROUTES,
+    decode_name,
+    layer_name,
+    names,
+    route_name,
+)
 from benchmarks.peers.base import Peer
 from benchmarks.results import Row, provenance, save
-
-LAYERS = {  # T, D, F, E, K: goals of forward and of forward + backward, TFLOP/s, saved MiB
-    (24576, 1536, 256, 128, 8): (420, 350, 268),
-    (32768, 4096, 512, 128, 8): (480, 555, 773),
-    (32768, 4096, 1024, 128, 8): (560, 570, None),
-    (16384, 4096, 14336, 8, 2): (655, 570, None),
-    (32768, 2048, 768, 128, 8): (520, 500, None),
-}
-ROUTES = {(128, 8, 1): 6, (128, 8, 256): 8, (128, 8, 4096): 14, (128, 8, 32768): 30}
-PERMUTES = {(128, 8, 32768, 2048): 443}
-KINDS = ("forward", "forward_backward", "saved")
-
-
-def layer_name(kind: str, shape: tuple[int, ...]) -> str:
-    return "/".join([kind, *map(str, shape)])
-
-
-def names() -> list[str]:
-    routes = [f"{kind}/E{E}/K{K}/T{T}" for E, K, T in ROUTES for kind in ("route", "route_eager")]
-    permutes = [f"route_permute/E{E}/K{K}/T{T}/D{D}" for E, K, T, D in PERMUTES]
-    return routes + permutes + [layer_name(kind, shape) for shape in LAYERS for kind in KINDS]
 
 
 def line_up(wanted: list[str]) -> dict[str, Peer | str]:
@@ -58,36 +51,52 @@ def line_up(wanted: list[str]) -> dict[str, Peer | str]:
     return found
 
 
+def micro(result: Any, slow: bool) -> float | None:
+    if result.timing is None:
+        return None
+    return round(float(result.timing.p90 if slow else result.timing.median), 2)
+
+
+def rate_of(flop: float) -> Any:
+    """TFLOP/s of what takes `flop`."""
+
+    def rate(result: Any, slow: bool) -> float | None:
+        took = micro(result, slow)
+        return None if took is None else round(flop / took / 1e6, 1)
+
+    return rate
+
+
 def route_rows(of: Any, chosen: set[str], origin: Row) -> Any:
-    from benchmarks.kernel_rows import measure_route, row
+    from benchmarks.contest import row
+    from benchmarks.kernel_rows import measure_groups, measure_route
 
-    def micro(result: Any, slow: bool) -> float | None:
-        if result.timing is None:
-            return None
-        return round(float(result.timing.p90 if slow else result.timing.median), 2)
-
-    cases: list[tuple[tuple[int, int, int], int | None, float]]
-    cases = [(shape, None, goal) for shape, goal in ROUTES.items()]
-    cases += [(shape[:3], shape[3], goal) for shape, goal in PERMUTES.items()]
-    for shape, width, goal in cases:
-        E, K, T = shape
-        tail = f"E{E}/K{K}/T{T}"
-        name = f"route/{tail}" if width is None else f"route_permute/{tail}/D{width}"
-        eager = f"route_eager/{tail}"
+    cases: list[tuple[str, tuple[int, ...], int]]
+    cases = [("route", shape, goal) for shape, goal in ROUTES.items()]
+    cases += [("route_permute", shape, goal) for shape, goal in PERMUTES.items()]
+    cases += [("route_groups", shape, goal) for shape, goal in GROUPS.items()]
+    for kind, shape, goal in cases:
+        E, K, T, *width = shape
+        name, eager = route_name(kind, shape), route_name("route_eager", shape)
         if not {name, eager} & chosen or of.deadline.over():
             continue
         # logits in; ids, weights, src, choice and row out; then x in and its rows out
-        least = T * E * 4 + T * K * 20 + (0 if width is None else T * width * 2 * (1 + K))
-        graph, host = measure_route(of.field, shape, width)
+        least = T * E * 4 + T * K * 20 + sum(T * D * 2 * (1 + K) for D in width)
         same = {"ceiling": least / of.field.copy / 1e3, "peers": of.field.peers}
+        if kind == "route_groups":
+            limited = measure_groups(of.field, (E, K, T))
+            yield [row(name, "us", limited, micro, goal=goal, **same) | origin]
+            continue
+        graph, host = measure_route(of.field, (E, K, T), width[0] if width else None)
         rows = [row(name, "us", graph, micro, goal=goal, **same)]
-        if width is None:
+        if kind == "route":
             rows.append(row(eager, "us", host, micro, goal=60, **same))
         yield [one | origin for one in rows]
 
 
 def layer_rows(of: Any, chosen: set[str], origin: Row) -> Any:
-    from benchmarks.kernel_rows import measure_layer, row
+    from benchmarks.contest import row
+    from benchmarks.kernel_rows import measure_layer
 
     for shape, goals in LAYERS.items():
         kinds = {kind for kind in KINDS if layer_name(kind, shape) in chosen}
@@ -97,31 +106,62 @@ def layer_rows(of: Any, chosen: set[str], origin: Row) -> Any:
         results = measure_layer(of.field, shape, kinds)
         rows = []
         for kind, times, goal in zip(KINDS[:2], (6, 18), goals[:2], strict=True):
-            if kind not in results:
+            if kind in results:
+                how = {"ceiling": of.field.matmul, "goal": goal, "peers": of.field.peers}
+                rate = rate_of(times * T * K * D * F)
+                rows.append(row(layer_name(kind, shape), "TFLOP/s", results[kind], rate, **how))
+        for kind in KINDS[2:]:
+            if kind not in kinds:
                 continue
 
-            def rate(result: Any, slow: bool, flop: int = times * T * K * D * F) -> float | None:
-                if result.timing is None:
-                    return None
-                took = float(result.timing.p90 if slow else result.timing.median)
-                return round(flop / took / 1e6, 1)
+            def kept(result: Any, slow: bool, kind: str = kind) -> float | None:
+                size = getattr(result, kind)
+                return None if size is None else round(size / 2**20, 1)
 
-            rows.append(
-                row(
-                    layer_name(kind, shape), "TFLOP/s", results[kind], rate,
-                    ceiling=of.field.matmul, goal=goal, peers=of.field.peers,
-                )
-            )  # fmt: skip
-        if "saved" in kinds:
             least = (T * D + T * K * 2 * F) * 2 / 2**20
-            rows.append(
-                row(
-                    layer_name("saved", shape), "MiB", results["forward_backward"],
-                    lambda result, slow: result.saved and round(result.saved / 2**20, 1),
-                    ceiling=least, goal=goals[2], peers=of.field.peers,
-                )
-            )  # fmt: skip
+            how = {"ceiling": least, "goal": None, "peers": of.field.peers}
+            if kind == "saved":
+                how["goal"] = goals[2]
+            results_of = results["forward_backward"]
+            rows.append(row(layer_name(kind, shape), "MiB", results_of, kept, **how))
         yield [one | origin for one in rows]
+
+
+def drawn_rows(of: Any, chosen: set[str], origin: Row) -> Any:
+    from benchmarks.contest import row
+    from benchmarks.kernel_rows import measure_drawn
+
+    for place in DRAWN:
+        if f"drawn/{place}" not in chosen or of.deadline.over():
+            continue
+        shape = list(LAYERS)[place]
+        drawn, results = measure_drawn(of.field, shape, seed=of.seed + place)
+        (T, D, F, _, K), (t, d, f, _, k) = drawn, shape
+        # each by its own size; the row's goal is nine tenths of the neighbour's rate
+        near = rate_of(6 * t * k * d * f)(results.pop("neighbour"), False)
+        how = {"ceiling": of.field.matmul, "goal": near and round(0.9 * near, 1), "peers": {}}
+        how["peers"] = {"moe_router": of.field.peers["moe_router"]}
+        mine = {"moe_router": results["drawn"]}
+        one = row(f"drawn/{place}", "TFLOP/s", mine, rate_of(6 * T * K * D * F), **how)
+        yield [one | origin | {"shape": drawn, "neighbour": shape, "neighbour_value": near}]
+
+
+def decode_rows(of: Any, chosen: set[str], origin: Row) -> Any:
+    from benchmarks.contest import row
+    from benchmarks.kernel_rows import measure_decode, measure_decode_layer
+
+    for shape, goal in DECODES.items():
+        T, D, F, E, K = shape
+        # the weights of the experts that are hit, once
+        least = 3 * D * F * 2 * E * (1 - (1 - K / E) ** T) / of.field.copy / 1e3
+        for kind, measure in (("decode", measure_decode), ("decode_layer", measure_decode_layer)):
+            name = decode_name(kind, shape)
+            if name not in chosen or of.deadline.over():
+                continue
+            results = measure(of.field, shape)
+            peers_of = {key: of.field.peers[key] for key in results}
+            how = {"ceiling": least, "goal": goal if kind == "decode" else None, "peers": peers_of}
+            yield [row(name, "us", results, micro, **how) | origin]
 
 
 def shown(row: Row) -> str:
@@ -135,10 +175,10 @@ def shown(row: Row) -> str:
 
 
 class Setting:
-    """The field of contenders and the time they have."""
+    """The field of contenders, the time they have, and the seed of the shapes drawn."""
 
-    def __init__(self, field: Any, deadline: Any) -> None:
-        self.field, self.deadline = field, deadline
+    def __init__(self, field: Any, deadline: Any, seed: int) -> None:
+        self.field, self.deadline, self.seed = field, deadline, seed
 
 
 def measure(args: argparse.Namespace, chosen: set[str]) -> None:
@@ -146,7 +186,7 @@ def measure(args: argparse.Namespace, chosen: set[str]) -> None:
 
     from benchmarks import timing
     from benchmarks.compile_ahead import quick_tuning
-    from benchmarks.kernel_rows import Field
+    from benchmarks.contest import Field
 
     quick_tuning()
     field = Field(line_up(args.contenders), timing.matmul_ceiling(), timing.copy_ceiling())
@@ -154,8 +194,8 @@ def measure(args: argparse.Namespace, chosen: set[str]) -> None:
         field.untuned = {k: set(v) for k, v in json.loads(Path(args.ready).read_text()).items()}
     print(f"ceilings: {field.matmul:.0f} TFLOP/s, {field.copy:.0f} GB/s", flush=True)
     origin = provenance("cuda") | {"triton": triton.__version__}
-    setting = Setting(field, timing.Deadline(args.seconds))
-    for part in (route_rows, layer_rows):
+    setting = Setting(field, timing.Deadline(args.seconds), int(time.time()))
+    for part in (route_rows, layer_rows, drawn_rows, decode_rows):
         for rows in part(setting, chosen, origin):
             print("\n".join(map(shown, rows)), flush=True)
             if args.save:

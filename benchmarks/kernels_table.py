@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks.kernels import names
+from benchmarks.kernel_shapes import names
 from benchmarks.results import ROOT, Row
 
 HEAD = "| row | ours | p90 | best peer | its value | ratio | ceiling | goal | correct | others |"

@@ -1,5 +1,7 @@
 """Is a layer right, at the size that is timed? Some tokens in fp64, token by token."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -109,3 +111,13 @@ def saved_bytes(call: Call) -> int:
         out = call.run()
     del out
     return sum(kept.values())
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """What `run` allocates at most at a time, on top of what was there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

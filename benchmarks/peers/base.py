@@ -64,6 +64,22 @@ Route = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Limited:
+    """Routing as DeepSeek-V3 does it: sigmoid, bias, K of the experts in the best groups.
+
+    Attributes:
+        logits: (T, E) fp32.
+        bias_E: fp32, added for the choice alone.
+    """
+
+    logits: Tensor
+    bias_E: Tensor
+    k: int
+    groups: int
+    top_groups: int
+
+
+@dataclass(frozen=True, slots=True)
 class Peer:
     """A contender; a string in place of a function says why there is none.
 
@@ -72,6 +88,7 @@ class Peer:
         layer: (layer, train) -> Call.
         route: (logits fp32, K) -> a call that makes all that the peer's GEMMs need, and gives ids.
         permute: (logits, K, x) -> the same, and the rows in the order of the experts.
+        route_groups: like route, for a `Limited` choice.
         graph: its forward pass is captured in a CUDA graph; else why not.
     """
 
@@ -81,6 +98,7 @@ class Peer:
     backward: bool | str = True
     route: Callable[[Tensor, int], Route] | str = "no call for routing alone"
     permute: Callable[[Tensor, int, Tensor], Route] | str = "no call for routing and permuting"
+    route_groups: Callable[[Limited], Route] | str = "no call for routing limited to groups"
     graph: bool | str = True
 
     def version(self) -> str:

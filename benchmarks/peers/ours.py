@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from benchmarks.peers.base import Call, Layer, Peer, Route
+from benchmarks.peers.base import Call, Layer, Limited, Peer, Route
+from benchmarks.timing import Run
+from moe_router import MoE, MoEConfig
 from moe_router_kernels import expert_mlp, gate, reference
 from moe_router_kernels.permute import move_rows
 
@@ -30,6 +32,31 @@ def permute(logits: Tensor, k: int, x_TD: Tensor) -> Route:
     return run
 
 
+def route_groups(of: Limited, kernels: str = "auto") -> Route:
+    def run() -> Tensor:
+        made = gate(
+            of.logits, of.k, experts=of.logits.size(1), score="sigmoid", bias_E=of.bias_E,
+            expert_groups=of.groups, top_groups=of.top_groups, kernels=kernels,
+        )  # fmt: skip
+        return made.raw_TK
+
+    return run
+
+
+def whole_layer(layer: Layer) -> Run:
+    """Router, Plan and experts of one MoE layer, from x alone."""
+    E, D, hidden = layer.down.shape
+    config = MoEConfig(experts=E, top_k=layer.ids_TK.size(1), hidden=hidden)
+    with torch.device("meta"):
+        moe = MoE(D, config)
+    moe.router.score.weight = torch.nn.Parameter(torch.randn(E, D, device=layer.x_TD.device))
+    moe.router.bias_E = torch.zeros(E, device=layer.x_TD.device)
+    moe.experts.gate_up = torch.nn.Parameter(layer.gate_up)
+    moe.experts.down = torch.nn.Parameter(layer.down)
+    moe.eval().requires_grad_(False)
+    return lambda: moe(layer.x_TD[None]).delta_TD
+
+
 def check_route(logits: Tensor, k: int, x_TD: Tensor | None) -> bool:
     """Ids, Plan and rows bit by bit as the reference's, weights to fp32's rounding."""
     ours, wanted = (gate(logits, k, experts=logits.size(1), kernels=which) for which in KERNELS)
@@ -40,4 +67,6 @@ def check_route(logits: Tensor, k: int, x_TD: Tensor | None) -> bool:
     return same and close and moved and torch.equal(ours.raw_TK, wanted.raw_TK)
 
 
-PEER = Peer("moe_router", "moe_router", layer, route=route, permute=permute)
+PEER = Peer(
+    "moe_router", "moe_router", layer, route=route, permute=permute, route_groups=route_groups
+)

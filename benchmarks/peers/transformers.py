@@ -5,7 +5,7 @@ import importlib
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.base import Call, Layer, Peer
+from benchmarks.peers.base import Call, Layer, Limited, Peer, Route
 
 qwen = importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
@@ -34,4 +34,18 @@ def layer(layer: Layer, train: bool) -> Call:
     return Call(run, leaves, sorts=True)
 
 
-PEER = Peer("transformers", "transformers", layer)
+def route_groups(of: Limited) -> Route:
+    """The router of its DeepSeek-V3, after the matrix product; ids and weights, no Plan."""
+    deepseek = importlib.import_module("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    E = of.logits.size(1)
+    config = importlib.import_module("transformers").DeepseekV3Config(
+        n_routed_experts=E, num_experts_per_tok=of.k, n_group=of.groups,
+        topk_group=of.top_groups, norm_topk_prob=True, hidden_size=8, moe_intermediate_size=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        moe = deepseek.DeepseekV3MoE(config)
+    moe.gate.e_score_correction_bias = of.bias_E
+    return lambda: moe.route_tokens_to_experts(of.logits)[0]
+
+
+PEER = Peer("transformers", "transformers", layer, route_groups=route_groups)

@@ -5,10 +5,13 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks import peers
-from benchmarks.kernel_rows import Result, row
-from benchmarks.kernels import line_up, names
+from benchmarks.contest import Result, row
+from benchmarks.kernel_rows import drawn_near
+from benchmarks.kernel_shapes import LAYERS, names
+from benchmarks.kernels import line_up
 from benchmarks.layer_check import BOUND, Oracle, make_layer, saved_bytes
-from benchmarks.peers.base import Call, Layer, Peer, silu_times
+from benchmarks.peers import ours
+from benchmarks.peers.base import Call, Layer, Limited, Peer, silu_times
 from benchmarks.timing import Timing, summary
 from moe_router_kernels import reference
 
@@ -98,5 +101,23 @@ def test_every_peer_is_lined_up_though_nothing_is_installed():
 
 
 def test_names_are_distinct_and_the_tail_is_the_slow_one():
-    assert len(set(names())) == len(names()) == 24
+    assert len(set(names())) == len(names()) == 38
     assert summary([float(n) for n in range(10, 0, -1)]) == Timing(5.5, 10.0)
+
+
+def test_a_drawn_shape_is_near_its_neighbour_and_not_in_the_table():
+    for shape in LAYERS:
+        for seed in range(20):
+            drawn = drawn_near(shape, seed)
+            assert drawn not in LAYERS and drawn[-1] == shape[-1]
+            for one, other, step in zip(drawn, shape, (8, 64, 32, 4), strict=False):
+                assert one % step == 0 and other * 0.5 <= one <= other * 1.5
+
+
+def test_ours_routes_in_groups_and_runs_the_whole_layer_from_x():
+    torch.manual_seed(0)
+    limited = Limited(torch.randn(30, 16), torch.randn(16) * 0.1, 4, groups=8, top_groups=4)
+    ids_TK = ours.route_groups(limited)()
+    assert ids_TK.shape == (30, 4) and ((ids_TK // 2).sort(1).values.diff() > 0).sum(1).max() <= 3
+    layer = make_layer((12, 16, 24, 5, 2), device="cpu", dtype=torch.float32)
+    assert ours.whole_layer(layer)().shape == (1, 12, 16)
