@@ -1,4 +1,4 @@
-"""Which rank holds which expert."""
+"""Which rank holds which expert, or a copy of it."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,18 @@ from moe_router.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """experts_of_rank[r] are the global ids of the experts on rank r, in order of slot."""
+    """experts_of_rank[r] are the global ids of the experts on rank r, in order of slot. An expert
+    may have copies on several ranks."""
 
     experts_of_rank: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        held = sorted(e for experts in self.experts_of_rank for e in experts)
-        if held != list(range(len(held))):
+        twice = any(len(set(held)) < len(held) for held in self.experts_of_rank)
+        known = {e for held in self.experts_of_rank for e in held}
+        if twice or known != set(range(len(known))):
             raise ConfigError(
-                f"placement {self.experts_of_rank}: want every expert 0..E-1 on exactly one rank"
+                f"placement {self.experts_of_rank}: want every expert 0..E-1 on some rank, and on "
+                "none twice"
             )
 
     @classmethod
@@ -28,18 +31,20 @@ class Placement:
 
     @property
     def experts(self) -> int:
-        return sum(map(len, self.experts_of_rank))
+        return len({e for held in self.experts_of_rank for e in held})
 
     @property
     def ranks(self) -> int:
         return len(self.experts_of_rank)
 
-    def rank_of_expert(self) -> list[int]:
-        """Length E: the rank that holds each expert."""
-        owner = {e: r for r, experts in enumerate(self.experts_of_rank) for e in experts}
-        return [owner[e] for e in range(self.experts)]
+    def copies(self) -> list[list[tuple[int, int]]]:
+        """(rank, slot) of every copy of each expert, in order of rank."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(self.experts)]
+        for rank, held in enumerate(self.experts_of_rank):
+            for slot, expert in enumerate(held):
+                found[expert].append((rank, slot))
+        return found
 
-    def slot_of_expert(self) -> list[int]:
-        """Length E: the index of each expert inside its rank."""
-        slot = {e: i for experts in self.experts_of_rank for i, e in enumerate(experts)}
-        return [slot[e] for e in range(self.experts)]
+    def first_slots(self, rank: int) -> list[int]:
+        """The slots of a rank that hold the first copy of their expert: what it speaks for."""
+        return [slot for (owner, slot), *_ in self.copies() if owner == rank]

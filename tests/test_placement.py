@@ -14,13 +14,21 @@ def test_contiguous_is_even_to_within_one_expert(experts, ranks):
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
-@given(st.permutations(range(7)), st.integers(0, 7))
-def test_rank_and_slot_find_the_expert(order, cut):
-    placement = Placement((tuple(order[:cut]), tuple(order[cut:])))
-    where = zip(placement.rank_of_expert(), placement.slot_of_expert(), strict=True)
-    assert [placement.experts_of_rank[rank][slot] for rank, slot in where] == list(range(7))
+@given(st.permutations(range(7)), st.integers(0, 7), st.sets(st.integers(0, 6)))
+def test_copies_are_found_where_they_lie(order, cut, repeated):
+    again = tuple(e for e in order[cut:] if e in repeated)
+    placement = Placement((tuple(order[:cut]), tuple(order[cut:]), again))
+    assert placement.experts == 7
+    for expert, copies in enumerate(placement.copies()):
+        assert len(copies) == 1 + (expert in again) and sorted(copies) == copies
+        assert all(placement.experts_of_rank[r][slot] == expert for r, slot in copies)
+    spoken_for = [placement.first_slots(rank) for rank in range(3)]
+    assert [len(slots) for slots in spoken_for] == [cut, 7 - cut, 0]
 
 
-def test_a_missing_expert_is_refused():
-    with pytest.raises(ConfigError, match=r"want every expert 0\.\.E-1 on exactly one rank"):
-        Placement(((0,), (2,)))
+@pytest.mark.parametrize("held", [((0,), (2,)), ((0, 1, 0),)])
+def test_a_missing_or_doubled_expert_is_refused(held):
+    with pytest.raises(
+        ConfigError, match=r"want every expert 0\.\.E-1 on some rank, and on none tw"
+    ):
+        Placement(held)

@@ -1,6 +1,6 @@
 """Uneven all-to-all with host splits, over NCCL or gloo: portable, one row per (token, rank).
 
-Not covered: CUDA graphs (the splits are read by the host) and replicated experts.
+Not covered: CUDA graphs (the splits are read by the host).
 """
 
 from dataclasses import dataclass
@@ -49,13 +49,20 @@ class AllToAll(Dispatcher):
         self.group = group
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_world_size(group)
-        self._tables = Tables()
+        self._tables = Tables(self.rank)
 
-    def dispatch(self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement) -> Received:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        choice: Choice,
+        plan: Plan,
+        placement: Placement,
+        first_token: int = 0,
+    ) -> Received:
         T = x_TD.size(0)
         some = max(T, 1)  # of an empty batch, one token that goes nowhere stands in the slots
         x_TD, weight_TK = pad(x_TD, some), pad(choice.weight_TK, some)
-        where = self._tables.find(choice, plan, placement)
+        where = self._tables.find(choice, plan, placement, first_token)
         rank_TK, slot_TK = (pad(ids, some, -1) for ids in where)
         splits = self._splits(rank_TK, placement)
         rows = lay_out(goes_to(rank_TK, self.ranks), splits.send_W, sum(splits.send))

@@ -43,8 +43,19 @@ class Dispatcher(Protocol):
     ranks: int
 
     def dispatch(
-        self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement
-    ) -> Received: ...
+        self,
+        x_TD: Tensor,
+        choice: Choice,
+        plan: Plan,
+        placement: Placement,
+        first_token: int = 0,
+    ) -> Received:
+        """Send each token to the ranks of its experts.
+
+        Args:
+            first_token: global index of token 0: by it, copies of an expert share its tokens.
+        """
+        ...
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:
         """Bring the weighted sums of the received tokens home, and add them up: (T, D)."""

@@ -27,9 +27,16 @@ class Bounded(Dispatcher):
         self.static, self.exact = static, exact
         self._now: Dispatcher = static
 
-    def dispatch(self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement) -> Received:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        choice: Choice,
+        plan: Plan,
+        placement: Placement,
+        first_token: int = 0,
+    ) -> Received:
         by = self._now
-        received = by.dispatch(x_TD, choice, plan, placement)
+        received = by.dispatch(x_TD, choice, plan, placement, first_token)
         return replace(received, handle=(by, received))
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:

@@ -81,11 +81,18 @@ class GatherScatter(Dispatcher):
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_world_size(group)
         self._tokens, self._factor = tokens, factor
-        self._tables = Tables()
+        self._tables = Tables(self.rank)
 
-    def dispatch(self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement) -> Received:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        choice: Choice,
+        plan: Plan,
+        placement: Placement,
+        first_token: int = 0,
+    ) -> Received:
         tokens, (T, K) = self._tokens, choice.target_TK.shape
-        where = self._tables.find(choice, plan, placement)
+        where = self._tables.find(choice, plan, placement, first_token)
         most = max(map(len, placement.experts_of_rank))
         id_TK = torch.where(where.rank_TK < 0, -1, where.rank_TK * most + where.slot_TK)
         x_ND, weight_NK, id_NK = _Share.apply(  # type: ignore[no-untyped-call]

@@ -11,7 +11,14 @@ class Local(Dispatcher):
     rank = 0
     ranks = 1
 
-    def dispatch(self, x_TD: Tensor, choice: Choice, plan: Plan, placement: Placement) -> Received:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        choice: Choice,
+        plan: Plan,
+        placement: Placement,
+        first_token: int = 0,
+    ) -> Received:
         return Received(x_TD, choice, plan, None)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:

@@ -22,22 +22,48 @@ class Where(NamedTuple):
 
 
 class Tables:
-    """A placement as tensors, made once for each device."""
+    """A placement as tensors, made once for each device.
 
-    def __init__(self) -> None:
-        self._made: dict[tuple[Placement, torch.device], tuple[Tensor, Tensor]] = {}
+    A choice goes to the copy of its expert on the token's own rank, if there is one; else to copy
+    number (global token index mod copies), so that copies share what comes from elsewhere.
 
-    def find(self, choice: Choice, plan: Plan, placement: Placement) -> Where:
-        """Where each choice that has a row goes."""
+    Args:
+        rank: of the tokens.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._made: dict[tuple[Placement, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def find(self, choice: Choice, plan: Plan, placement: Placement, first_token: int) -> Where:
+        """Where each choice that has a row goes.
+
+        Args:
+            first_token: global index of token 0.
+        """
         kept_TK = torch.where(plan.row_TK >= 0, choice.target_TK, -1)
-        key = (placement, kept_TK.device)
+        copies_E, rank_EC, slot_EC = self._tables(placement, kept_TK.device)
+        expert_TK = kept_TK.clamp(min=0)
+        token_T = torch.arange(kept_TK.size(0), device=kept_TK.device, dtype=torch.int64)
+        copy_TK = (token_T[:, None] + first_token) % copies_E[expert_TK]
+        rank_TK, slot_TK = rank_EC[expert_TK, copy_TK], slot_EC[expert_TK, copy_TK]
+        return Where(*(torch.where(kept_TK < 0, -1, found) for found in (rank_TK, slot_TK)))
+
+    def _tables(self, placement: Placement, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """How many copies of each expert may serve this rank, and their ranks and slots."""
+        key = (placement, device)
         if key not in self._made:
-            ids = [placement.rank_of_expert(), placement.slot_of_expert()]
-            rank_E, slot_E = torch.tensor(ids, dtype=torch.int32, device=kept_TK.device)
-            self._made[key] = (rank_E, slot_E)
-        return Where(
-            *(torch.where(kept_TK < 0, -1, of_E[kept_TK.clamp(min=0)]) for of_E in self._made[key])
-        )
+            copies = placement.copies()
+            serving = [[c for c in of if c[0] == self._rank] or of for of in copies]
+            C = max(map(len, serving), default=1)
+            padded = [of + [(-1, -1)] * (C - len(of)) for of in serving]
+            rank_EC, slot_EC = torch.tensor(padded, dtype=torch.int32, device=device).unbind(-1)
+            self._made[key] = (
+                torch.tensor([len(of) for of in serving], device=device),
+                rank_EC,
+                slot_EC,
+            )
+        return self._made[key]
 
 
 def goes_to(rank_TK: Tensor, ranks: int) -> Tensor:

@@ -23,7 +23,7 @@ class MoE(nn.Module):
         config: experts, top_k, hidden, and how to route; see `MoEConfig`.
         layer: index in the model: names the noise and the observed choices.
         dispatcher: how tokens reach experts on other ranks; default: all experts are here.
-        placement: which rank holds which expert; default: neighbours together.
+        placement: which rank holds which expert, or a copy; default: neighbours together.
         kernels: `auto` is the fastest that runs here, `triton` insists on the Triton kernels,
             `reference` is the specification.
     """
@@ -74,7 +74,8 @@ class MoE(nn.Module):
         if not recomputing:
             self._account(choice, plan, context)
 
-        received = self.dispatcher.dispatch(x_TD, choice, plan, self.placement)
+        first_token = context.key.first_token
+        received = self.dispatcher.dispatch(x_TD, choice, plan, self.placement, first_token)
         y_ND = self.experts(received.x_ND, received.choice, received.plan)
         delta_TD = self.dispatcher.combine(y_ND, received)
         if self.shared is not None:

@@ -23,8 +23,8 @@ from moe_router.training.checkpoint_files import drop_leftovers
 from moe_router.training.data import AnyDataset, Batch, load_dataset, train_batch
 from moe_router.training.diagnose import first_cause
 from moe_router.training.evaluate import evaluate
-from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step, square_sum
-from moe_router.training.parallel import Ownership, local_gradients, moe_layers, sum_gradients
+from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step
+from moe_router.training.parallel import Ownership, local_gradients, moe_layers, share_gradients
 from moe_router.training.peers import peers_may_be_lost
 from moe_router.training.state import named_state
 from moe_router.training.tally import StepTotals, Tally
@@ -103,7 +103,7 @@ class Trainer:
             CheckpointError: this write (wait) or the one before it failed.
             PeerLostError: another rank went while it, or the one before, was written.
         """
-        state = named_state(self.model, self._optimizer)
+        state = named_state(self.model, self._optimizer, once=True)
         self._writer.save(run_dir, self.step, state, wait=wait)
 
     def restore(self, step_dir: Path) -> None:
@@ -206,11 +206,8 @@ class Trainer:
         owned = self._owned
         owned.fill_gradients()
         if self.ranks > 1:
-            sum_gradients(owned.alike)
-        apart, alike = (
-            square_sum(local_gradients(group), self.device) for group in (owned.apart, owned.alike)
-        )
-        return tally.total(self.ranks, apart, alike)
+            share_gradients(self.model, owned)
+        return tally.total(self.ranks, *owned.squares(self.device))
 
     def _commit(self, totals: StepTotals) -> float:
         """Change the weights: from here on the step counts."""

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_router.layers.moe import MoE
 from moe_router.models import CausalLM, Classifier
+from moe_router.training.optimizer import square_sum
 from moe_router.training.peers import is_peer_loss as is_peer_loss  # the actor asks here
 
 BUCKET = 1 << 23  # elements of one all-reduce: 32 MiB of fp32
@@ -24,10 +25,12 @@ class Ownership:
     Attributes:
         apart: each rank holds another part: experts, and dense ones under FSDP2.
         alike: every rank holds them whole; their gradients must be summed.
+        first_slots: by id of a stack of experts, those that are the first copy of theirs.
     """
 
     apart: list[nn.Parameter]
     alike: list[nn.Parameter]
+    first_slots: dict[int, list[int]]
 
     @classmethod
     def of(cls, model: nn.Module) -> "Ownership":
@@ -38,7 +41,12 @@ class Ownership:
             if parameter.requires_grad:
                 is_apart = id(parameter) in experts or isinstance(parameter, DTensor)
                 (apart if is_apart else alike).append(parameter)
-        return cls(apart, alike)
+        first_slots = {
+            id(parameter): moe.placement.first_slots(moe.dispatcher.rank)
+            for moe in moe_layers(model)
+            for parameter in moe.experts.parameters()
+        }
+        return cls(apart, alike, first_slots)
 
     def fill_gradients(self) -> None:
         """Zeros where no gradient came. The optimizer passes over a parameter without one, so its
@@ -46,6 +54,16 @@ class Ownership:
         for parameter in chain(self.apart, self.alike):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def squares(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """fp64 scalars: squares of the gradients `apart`, an expert's on its first rank alone, and
+        of those `alike`."""
+        apart = []
+        for parameter, grad in zip(self.apart, local_gradients(self.apart), strict=True):
+            slots = self.first_slots.get(id(parameter))
+            whole = slots is None or len(slots) == len(grad)
+            apart.append(grad if whole else grad[slots])
+        return square_sum(apart, device), square_sum(local_gradients(self.alike), device)
 
 
 def local_gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -77,6 +95,27 @@ def shard_dense(model: CausalLM | Classifier, ranks: int) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+
+
+def share_gradients(model: nn.Module, owned: Ownership) -> None:
+    """What several ranks hold has one gradient: the sum over them, in place."""
+    sum_gradients(owned.alike)
+    _sum_copies(model)
+
+
+def _sum_copies(model: nn.Module) -> None:
+    """Sum the gradients of the copies of an expert, in place: each copy gets the whole one."""
+    for moe in moe_layers(model):
+        repeated = [e for e, copies in enumerate(moe.placement.copies()) if len(copies) > 1]
+        held = moe.placement.experts_of_rank[moe.dispatcher.rank]
+        here = [i for i, e in enumerate(repeated) if e in held]
+        slots = [held.index(repeated[i]) for i in here]
+        for parameter in moe.experts.parameters() if repeated else ():
+            if parameter.grad is None:
+                continue
+            summed = parameter.new_zeros(len(repeated), *parameter.shape[1:])
+            summed[here] = parameter.grad[slots]
+            parameter.grad[slots] = moe.dispatcher.total(summed)[here]
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:

@@ -32,15 +32,18 @@ ROUTINGS = {
     "one_rank_has_all_tokens": ("uniform", UNEVEN, (0, 11, 11)),
     "nobody_goes_anywhere": ("nobody", EVEN, (0, 4, 8)),
     "no_tokens_at_all": ("uniform", EVEN, (0, 0, 0)),
+    "copies": ("zipf", ((0, 1, 2, 3), (3, 4, 0, 5)), (0, 7, 24)),
+    "every_rank_has_all_experts": ("uniform", ((0, 1, 2), (2, 1, 0)), (0, 9, 20)),
 }
 
 
 def assert_equals_local(parts, whole, placement, **tolerance):
     for key in ("out", "x", "weight"):
         torch.testing.assert_close(torch.cat([p[key] for p in parts]), whole[key], **tolerance)
-    for part, experts in zip(parts, placement, strict=True):
+    for expert, copies in enumerate(Placement(placement).copies()):
         for key in ("gate_up", "down"):
-            torch.testing.assert_close(part[key], whole[key][list(experts)], **tolerance)
+            summed = sum(parts[rank][key][slot] for rank, slot in copies)
+            torch.testing.assert_close(summed, whole[key][expert], **tolerance)
 
 
 def assert_all_equal_local(name, ranks, cases):
@@ -61,7 +64,13 @@ def test_equals_local(name):
 def test_four_ranks_equal_local(name):
     bounds = ((0, 6, 12, 18, 24), (0, 0, 1, 20, 20))
     kinds = ("uniform", "zipf", "hot_expert", "hot_rank", "empty_expert")
-    cases = [(kind, FOUR, cut, 3, torch.float32) for kind in kinds for cut in bounds]
+    copied = ((0, 5), (1, 2), (3, 0), (4, 5, 0))
+    cases = [
+        (kind, placement, cut, 3, torch.float32)
+        for kind in kinds
+        for placement in (FOUR, copied)
+        for cut in bounds
+    ]
     assert_all_equal_local(name, 4, cases)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_router.dispatch.where import (
+    Tables,
     goes_to,
     lay_out,
     pad,
@@ -15,6 +16,7 @@ from moe_router.dispatch.where import (
 )
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
+from moe_router.types import Choice
 from tests.strategies import targets
 
 
@@ -78,3 +80,19 @@ def test_padding_fills_or_cuts():
     assert pad(x_TD, 1).shape == (1, 3) and pad(x_TD[:0], 2, -1).tolist() == [[-1] * 3] * 2
     pad(x_TD, 4).sum().backward()
     assert torch.equal(x_TD.grad, torch.ones(2, 3))
+
+
+def test_a_choice_goes_to_its_own_ranks_copy_or_to_one_by_token_index():
+    placement = Placement(((0, 1), (2, 0), (0, 3)))  # three copies of expert 0
+    target_TK = torch.tensor([[0, 1], [0, 2], [0, -1], [0, 3]], dtype=torch.int32)
+    choice = Choice(target_TK, torch.ones(target_TK.shape))
+    plan = plan_from_ids(target_TK, 4)
+    for rank in range(3):
+        rank_TK, slot_TK = Tables(rank).find(choice, plan, placement, first_token=7)
+        own_slot = placement.experts_of_rank[rank].index(0)
+        assert rank_TK[:, 0].tolist() == [rank] * 4 and slot_TK[:, 0].tolist() == [own_slot] * 4
+        assert rank_TK[:, 1].tolist() == [0, 1, -1, 2] and slot_TK[:, 1].tolist() == [1, 0, -1, 1]
+    elsewhere = Placement(((1,), (0,), (2, 0), (3, 0)))
+    rank_TK, slot_TK = Tables(0).find(choice, plan, elsewhere, first_token=7)
+    assert rank_TK[:, 0].tolist() == [2, 3, 1, 2]  # tokens 7, 8, 9, 10 by three copies
+    assert slot_TK[:, 0].tolist() == [1, 1, 0, 1]

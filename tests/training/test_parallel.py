@@ -46,3 +46,24 @@ def test_a_rank_that_no_token_reaches_takes_the_same_step():
     for part in run_ranks(2, work.one_sided, config):
         for name, tensor in part.items():
             torch.testing.assert_close(tensor, one[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_copies_of_experts_stay_equal_and_follow_the_curve_of_one(tmp_path):
+    placement = ((0, 1, 2, 3, 6), (4, 6, 5, 7, 1))
+    config = work.tiny({"bias_rate": 0.05})
+    wanted, _, state = work.curve(0, 1, config, 4)
+    parts = run_ranks(2, work.with_copies, config, placement, str(tmp_path), 4)
+    for records, saved, restored_same in parts:
+        assert restored_same
+        for one, other in zip(records, wanted, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=1e-5)
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+        for name, tensor in saved.items():
+            torch.testing.assert_close(tensor, state[name], rtol=2e-3, atol=2e-5)
+    first, second = (saved for _, saved, _ in parts)
+    shared = [name for name in first.keys() & second.keys() if ".experts." in name]
+    assert {name.split(".experts.")[1][0] for name in shared} == {"1", "6"}
+    assert all(torch.equal(first[name], second[name]) for name in shared)
+    assert work.tensors_in(tmp_path / "step_4") == state.keys()
+    one = work.restored(0, 1, config, tmp_path / "step_4", 0)[1]
+    assert all(torch.equal(one[name], (first | second)[name]) for name in one)

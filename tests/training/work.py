@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from moe_router.config import Config
 from moe_router.config_file import config_from_dict
 from moe_router.errors import CheckpointError, NonFiniteError, PeerLostError
+from moe_router.placement import Placement
 from moe_router.training import parallel
 from moe_router.training.checkpoint import CheckpointWriter
 from moe_router.training.checkpoint_tensors import Snapshot
@@ -156,6 +157,25 @@ def leaning(rank, ranks, config, hot):
     records = [trainer.train_step() for _ in range(3)]
     said = [(r.loss, r.losses, r.grad_norm, r.load_LE, r.executed_flops) for r in records]
     return trainer.repeated, said, copies(trainer)
+
+
+def with_copies(rank, ranks, config, placement, folder, steps):
+    """Steps with copies of experts on several ranks, then a checkpoint: the records, and each
+    copy's weights by rank and expert."""
+    contiguous = Placement.contiguous
+    Placement.contiguous = classmethod(lambda cls, experts, ranks: cls(placement))
+    try:
+        trainer = Trainer(config, rank=rank, ranks=ranks)
+        records = [trainer.train_step() for _ in range(steps)]
+        trainer.save(Path(folder), wait=True)
+        saved = copies(trainer)
+        again = Trainer(config, rank=rank, ranks=ranks)
+        again.restore(Path(folder) / f"step_{steps}")
+    finally:
+        Placement.contiguous = contiguous
+    back = copies(again)
+    same = all(torch.equal(saved[name], back[name]) for name in saved)
+    return records, saved, same
 
 
 def failing_write(rank, ranks, failing, folder):
