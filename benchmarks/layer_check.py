@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.memory import kept_bytes
 from benchmarks.peers.base import Call, Layer
 
 TOKENS = 8
@@ -98,19 +99,7 @@ class Oracle:
 
 def saved_bytes(call: Call) -> int:
     """Bytes autograd keeps between the passes, weights apart; each storage once."""
-    weights = {leaf.untyped_storage().data_ptr() for leaf in call.leaves[2:]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = call.run()
-    del out
-    return sum(kept.values())
+    return kept_bytes(call.run, call.leaves[2:])
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -1,0 +1,202 @@
+"""Routing in depth on dense layers: quality, executed FLOPs, wall-clock, memory, controls.
+
+    python -m benchmarks.dense_routing --fashion DIR --sst2 DIR --runs runs/dense_routing --save
+
+Rows come one by one and are saved as they come; trainings are kept under --runs and gone on with.
+Speed is that of the full dense model with the same kernels and the same padding-free batch, timed
+in turn with the routed one. `benchmarks.dense_routing_table` writes docs/results/dense_routing.md.
+"""
+
+import argparse
+import fnmatch
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.depth_measure import executed, milliseconds, training_mib
+from benchmarks.depth_tasks import TASKS, Bench, Setting, one_thread, quality, settings
+from benchmarks.results import Row, provenance, save
+from moe_router.config import DataConfig
+from moe_router.models import Classifier
+from moe_router.training.data import Batch, make_tokenizer, val_batches
+from moe_router.training.loop import Trainer
+
+COUNTED = 512  # held-out sequences that FLOPs are taken over
+BATCHES = (16, 64, 256)  # sequences; the large batch is the one at which the dense model is fastest
+VOCAB = 4000  # of the tokenizer that is made of the training sentences
+
+
+class Rows:
+    """Args:
+    bench: of one task.
+    seeds: of the quality; FLOPs, time and memory are those of the first.
+    seconds: of timing, for each row and batch.
+    """
+
+    def __init__(self, bench: Bench, seeds: list[int], seconds: float) -> None:
+        self.bench, self.seeds, self.seconds = bench, seeds, seconds
+        self._settings = {s.name: s for s in settings(bench.task)}
+        self._trainers: dict[tuple[str, int], Trainer] = {}
+        self._qualities: dict[tuple[str, int], float] = {}
+        self._large: Batch | None = None
+
+    def row(self, name: str) -> Row:
+        """Everything about one row, but for where and when."""
+        setting = self._settings[name]
+        mine, rivals = (
+            [self._quality(n, seed) for seed in self.seeds] for n in (name, setting.rival)
+        )
+        mean = statistics.mean(mine)
+        return {
+            "name": f"{self.bench.name}/{name}",
+            "value": round(mean, 4),
+            "unit": "accuracy",
+            "seeds": [round(v, 4) for v in mine],
+            "mean": round(mean, 4),
+            "std": round(statistics.stdev(mine), 4) if len(mine) > 1 else None,
+            "rival": f"{self.bench.name}/{setting.rival}",
+            "retained": round(mean / statistics.mean(rivals), 4),
+            "noun": self.bench.task.noun,
+            **self._executed(setting),
+            **self._speed(setting),
+            **self._memory(setting),
+        }
+
+    def _trainer(self, name: str, seed: int) -> Trainer:
+        key = (name, seed)
+        if key not in self._trainers:
+            setting, flops = self._settings[name], None
+            if setting.equal_to is not None:
+                flops = executed(*self._model(setting.equal_to), self._counted()).mean
+            self._trainers[key] = self.bench.trained(setting, seed, flops)
+        return self._trainers[key]
+
+    def _model(self, name: str) -> tuple[Classifier, Any]:
+        trainer = self._trainer(name, self.seeds[0])
+        assert isinstance(trainer.model, Classifier)
+        return trainer.model, trainer.config
+
+    def _quality(self, name: str, seed: int) -> float:
+        key = (name, seed)
+        if key not in self._qualities:
+            self._qualities[key] = quality(self._trainer(name, seed))
+        return self._qualities[key]
+
+    def _batch(self, rows: int) -> Batch:
+        batches = val_batches(self.bench.dataset, rows=rows, batch=rows, rank=0, ranks=1)
+        return next(batches).to(torch.device(self.bench.device))
+
+    def _counted(self) -> list[Batch]:
+        return [self._batch(COUNTED)]
+
+    def _executed(self, setting: Setting) -> Row:
+        of = executed(*self._model(setting.name), self._counted())
+        full = executed(*self._model("dense"), self._counted()).dense
+        return {
+            "flops_p5_p50_p95": [round(x) for x in of.percentiles],
+            "flops": round(of.mean),
+            "flops_dense": round(full),
+            "flops_speedup": round(full / of.mean, 3),
+            "router_flops": round(of.router),
+        }
+
+    def _speed(self, setting: Setting) -> Row:
+        models = {"ours": self._model(setting.name)[0], "dense": self._model("dense")[0]}
+        out: Row = {}
+        for key, batch in (("one", self._batch(1)), ("large", self._large_batch())):
+            took = milliseconds(models, batch, seconds=self.seconds)
+            (ms, p90), (dense_ms, _) = took["ours"], took["dense"]
+            B = batch.offsets_B1.numel() - 1
+            out[key] = {
+                "batch": B, "ms": round(ms, 3), "p90": round(p90, 3),
+                "dense_ms": round(dense_ms, 3), "speedup": round(dense_ms / ms, 3),
+                "per_second": round(1e3 * B / ms, 1),
+            }  # fmt: skip
+        return out
+
+    def _large_batch(self) -> Batch:
+        if self._large is None:
+            dense = {"dense": self._model("dense")[0]}
+            pace = {}
+            for rows in BATCHES:
+                batch = self._batch(rows)
+                ms, _ = milliseconds(dense, batch, seconds=self.seconds / 2)["dense"]
+                pace[(batch.offsets_B1.numel() - 1) / ms] = batch
+            self._large = pace[max(pace)]
+        return self._large
+
+    def _memory(self, setting: Setting) -> Row:
+        batch = self._batch(64)
+        (model, _), (dense, _) = self._model(setting.name), self._model("dense")
+        parameters = dict(model.named_parameters())
+        routers = [p.numel() for name, p in parameters.items() if "router" in name]
+        return {
+            "training_mib": round(training_mib(model, batch), 1),
+            "training_mib_dense": round(training_mib(dense, batch), 1),
+            "router_parameters": sum(routers),
+            "parameters": sum(p.numel() for p in parameters.values()),
+        }
+
+
+def files_of(name: str, folder: Path, runs: Path) -> tuple[str, ...]:
+    """Keys of the config that say where the data of a task lies."""
+    if name == "fashion":
+        images = [folder / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
+        found = [p if p.exists() else p.with_name(p.name + ".gz") for p in images]
+        return (f"data.path={found[0]}", f"data.val_path={found[1]}")
+    train, held_out = (folder / f"stsa.binary.{part}" for part in ("train", "dev"))
+    tokenizer = runs / "sst2.json"
+    if not tokenizer.exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        texts = DataConfig(source="labelled", path=str(train), labels=("0", "1"))
+        make_tokenizer(texts, VOCAB, tokenizer)
+    return (f"data.path={train}", f"data.val_path={held_out}", f"data.tokenizer={tokenizer}")
+
+
+def shown(row: Row) -> str:
+    speed = "; ".join(
+        f"batch {row[key]['batch']}: {row[key]['ms']} ms, x{row[key]['speedup']}"
+        for key in ("one", "large")
+    )
+    return (
+        f"{row['name']}: {row['value']:.4f} (retained {row['retained']:.4f}), "
+        f"FLOPs / {row['flops_speedup']}; {speed}; {row['training_mib']} MiB"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name in TASKS:
+        parser.add_argument(f"--{name}", type=Path, help="folder of its files")
+    parser.add_argument("--only", default="*", help="rows by shell pattern, several by commas")
+    parser.add_argument("--runs", type=Path, default=Path("runs/dense_routing"))
+    parser.add_argument("--seeds", default="0", help="by commas")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each batch")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args(arguments)
+    one_thread()
+    origin = provenance(args.device)
+    for name, task in TASKS.items():
+        if (folder := getattr(args, name)) is None:
+            continue
+        chosen = [
+            s.name
+            for s in settings(task)
+            if any(fnmatch.fnmatch(f"{name}/{s.name}", p) for p in args.only.split(","))
+        ]
+        overrides = (*files_of(name, folder, args.runs), *args.set)
+        bench = Bench(name, args.runs, overrides, args.device)
+        rows = Rows(bench, [int(seed) for seed in args.seeds.split(",")], args.seconds)
+        for row_name in chosen:
+            row = rows.row(row_name) | origin
+            print(shown(row), flush=True)
+            if args.save:
+                save("dense_routing", [row])
+
+
+if __name__ == "__main__":
+    main()

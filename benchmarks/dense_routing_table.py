@@ -1,0 +1,146 @@
+"""The saved rows of benchmarks.dense_routing as docs/results/dense_routing.md.
+
+python -m benchmarks.dense_routing_table
+"""
+
+import json
+import math
+from pathlib import Path
+
+from benchmarks.depth_tasks import TASKS, settings
+from benchmarks.results import ROOT, Row
+
+PAGE = ROOT.parent / "docs" / "results" / "dense_routing.md"
+CONTROLS = ("frozen", "position", "equal")
+HEAD = (
+    "| row | accuracy | retained | executed FLOPs a token, p5 / p50 / p95 | FLOPs / | "
+    "batch 1, ms | x | over FLOPs | large batch, a second | x | over FLOPs | training keeps, MiB | "
+    "routers: parameters, FLOPs |"
+)
+INTRO = """# Routing in depth on dense layers
+
+One table for each task. *Retained* is the accuracy over that of the dense model that was trained
+as long. *FLOPs /* is by how much the executed FLOPs of the blocks, routers included, are fewer than
+the dense model's; p5, p50 and p95 are over the tokens that came in (what a merged token costs is
+counted for the one whose place it keeps). *x* is the wall-clock of the full dense model over ours,
+the same kernels and the same padding-free batch, timed in turn; *over FLOPs* divides it by the
+saving in FLOPs: 1 means that every FLOP saved is time saved. *Training keeps* is what one step of
+64 keeps for its backward pass; peak memory of inference is not measured on a CPU.
+
+Controls of a headline row: `frozen`, a random router that never learns (of `merge`: a random
+projection of the tokens in the place of the keys); `position`, a router that sees no content;
+`equal`, a smaller dense model that executes as many FLOPs a token and had as many steps. A learned
+router beats a control if it is ahead by more than one pooled standard deviation over at least three
+seeds; with fewer seeds nothing is claimed, whatever the sign.
+"""
+
+
+def table(name: str, rows: list[Row]) -> list[str]:
+    """The section of one task."""
+    order = [f"{name}/{s.name}" for s in settings(TASKS[name])]
+    rows = sorted(
+        (row for row in rows if row["name"] in order), key=lambda row: order.index(row["name"])
+    )
+    if not rows:
+        return []
+    of = {row["name"]: row for row in rows}
+    lines = [f"## {name}", "", HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", *verdicts(of), *sources(rows)]
+    return lines
+
+
+def cells(row: Row) -> list[str]:
+    std = "" if row["std"] is None else f" ± {row['std']:.4f}"
+    one, large = row["one"], row["large"]
+    return [
+        row["name"].partition("/")[2],
+        f"{row['mean']:.4f}{std}, {_seeds(row)}",
+        f"{row['retained']:.1%}",
+        " / ".join(f"{x / 1e6:.2f} M" for x in row["flops_p5_p50_p95"]),
+        f"{row['flops_speedup']:.2f}",
+        f"{one['ms']} (p90 {one['p90']})",
+        f"{one['speedup']:.2f}",
+        f"{one['speedup'] / row['flops_speedup']:.2f}",
+        f"{large['per_second']:.0f} {row['noun']} at {large['batch']}",
+        f"{large['speedup']:.2f}",
+        f"{large['speedup'] / row['flops_speedup']:.2f}",
+        f"{row['training_mib']} (dense {row['training_mib_dense']})",
+        f"{row['router_parameters']}, {row['router_flops'] / row['flops']:.2%}",
+    ]
+
+
+def _seeds(row: Row) -> str:
+    count = len(row["seeds"])
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def verdicts(of: dict[str, Row]) -> list[str]:
+    """How each headline row does beside its controls."""
+    lines = []
+    for name in sorted({n.rpartition("/")[0] for n in of if n.rpartition("/")[2] in CONTROLS}):
+        if name not in of:
+            continue
+        said = [
+            f"{control} {of[f'{name}/{control}']['mean']:.4f} "
+            f"({verdict(of[name], of[f'{name}/{control}'])})"
+            for control in CONTROLS
+            if f"{name}/{control}" in of
+        ]
+        lines += [f"- {name}, {of[name]['mean']:.4f}, beside {'; '.join(said)}."]
+    return [*lines, ""] if lines else []
+
+
+def verdict(row: Row, control: Row) -> str:
+    """In words: ahead, not ahead, or too few seeds to say."""
+    gap = row["mean"] - control["mean"]
+    if min(len(row["seeds"]), len(control["seeds"])) < 3:
+        return f"{gap:+.4f}, too few seeds to claim anything"
+    pooled = math.sqrt((row["std"] ** 2 + control["std"] ** 2) / 2)
+    ahead = gap / max(pooled, 1e-9)
+    return f"{gap:+.4f}, {ahead:+.1f} pooled std: " + ("ahead" if ahead > 1 else "**not ahead**")
+
+
+def sources(rows: list[Row]) -> list[str]:
+    """Where the rows come from; each origin once."""
+    origins = {(r["device"], r["torch"], r["commit"], r["date"]) for r in rows}
+    return [
+        f"{device}, torch {torch}, commit {commit}, {date}."
+        for device, torch, commit, date in sorted(origins)
+    ] + [""]
+
+
+def page(rows: list[Row], notes: str) -> str:
+    """The whole page.
+
+    Args:
+        notes: what stands after `## What it says` on the page there is; people write it.
+    """
+    lines = [INTRO]
+    for name in TASKS:
+        lines += table(name, rows)
+    lines += [
+        "## Again",
+        "",
+        "    python -m benchmarks.dense_routing --fashion DIR --sst2 DIR --seeds 0,1,2 --save",
+        "    python -m benchmarks.dense_routing_table",
+        "",
+    ]
+    return "\n".join(lines) + notes
+
+
+def main() -> None:
+    rows = json.loads((ROOT / "results" / "dense_routing.json").read_text())
+    PAGE.write_text(page(rows, notes_of(PAGE)))
+    print(PAGE)
+
+
+def notes_of(path: Path) -> str:
+    """What people wrote on the page, which stays when its tables are made anew."""
+    mark = "\n## What it says\n"
+    text = path.read_text() if path.exists() else ""
+    return mark + text.partition(mark)[2] if mark in text else mark
+
+
+if __name__ == "__main__":
+    main()

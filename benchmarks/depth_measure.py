@@ -1,0 +1,134 @@
+"""What a classifier routed in depth executes, how long it takes, and what training keeps."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.memory import kept_bytes
+from moe_router import Context, Ledger
+from moe_router.config import Config
+from moe_router.models import Classifier, token_loss
+from moe_router.models.attend import SIZE_CHANNELS
+from moe_router.training.data import Batch
+from moe_router.types import Choice, Plan
+from moe_router_kernels import reference
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """FLOPs of the blocks, per token that came in.
+
+    Attributes:
+        percentiles: p5, p50, p95 of what was executed for a token.
+        mean: of all tokens, routers included.
+        dense: if every token took every block.
+        router: of the mean, what decided.
+    """
+
+    percentiles: tuple[float, float, float]
+    mean: float
+    dense: float
+    router: float
+
+
+@torch.no_grad()
+def executed(model: Classifier, config: Config, batches: list[Batch]) -> Executed:
+    """Who ran is observed, block by block; what it costs is checked against the Ledger.
+
+    Only for models without experts.
+    """
+    model.eval()
+    each: list[Tensor] = []
+    ledger = Ledger()
+    for batch in batches:
+        ran: list[Tensor] = []
+        context = Context(ledger=ledger, observe=_note(ran))
+        model(batch.ids_T, batch.position_T, batch.offsets_B1, context=context)
+        each.append(_flops_of_tokens(config, batch.offsets_B1, ran).cpu())
+    flops_T = torch.cat(each)
+    by_op = ledger.by_op()
+    counted = sum(by_op[op][0] for op in ("attention", "mlp") if op in by_op)
+    if config.model.routing is not None and counted != int(flops_T.sum()):
+        raise AssertionError(f"the Ledger counts {counted}, tokens come to {int(flops_T.sum())}")
+    router = by_op.get("router", (0, 0))[0] / flops_T.numel()
+    full = torch.cat([_flops_of_tokens(config, b.offsets_B1, []).cpu() for b in batches])
+    p5, p50, p95 = torch.quantile(flops_T.double(), torch.tensor([0.05, 0.5, 0.95]).double())
+    mean, dense = float(flops_T.double().mean()), float(full.double().mean())
+    return Executed((float(p5), float(p50), float(p95)), mean + router, dense, router)
+
+
+def _note(ran: list[Tensor]) -> Callable[[int, Choice, Plan], None]:
+    def observe(layer: int, choice: Choice, plan: Plan) -> None:
+        assert layer == len(ran)
+        ran.append(choice.target_TK[:, 0] >= 0)
+
+    return observe
+
+
+def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: list[Tensor]) -> Tensor:
+    """(T,) int64. `ran` says for each block which tokens its feed-forward computed; none: all."""
+    model, T = config.model, int(offsets_B1[-1])
+    sequence_T = reference.sequence_of(offsets_B1, T)
+    all_T = torch.ones(T, dtype=torch.bool)
+    merges = bool(ran) and model.routing is not None and model.routing.kind == "merge"
+    D, width = model.dim, model.dim // model.heads * model.kv_heads
+    flops_T = torch.zeros(T, dtype=torch.int64)
+    before_T = all_T
+    for layer in range(model.layers):
+        fed_T = ran[layer].cpu() if ran else all_T
+        # tokens merge between attention and feed-forward; else both compute the same ones
+        attended_T = before_T if merges else fed_T
+        by_size = merges and any(model.routes(i, "merge") for i in range(layer))
+        channels = D + (SIZE_CHANNELS * model.heads if by_size else 0)
+        seen_B = torch.zeros(offsets_B1.numel() - 1, dtype=torch.int64)
+        seen_B.scatter_add_(0, sequence_T, attended_T.long())
+        attention_T = 2 * (2 * D * D + 2 * D * width) + 4 * channels * seen_B[sequence_T]
+        flops_T += attended_T * attention_T + fed_T * (6 * D * model.hidden)
+        before_T = fed_T
+    return flops_T
+
+
+@torch.no_grad()
+def milliseconds(
+    models: dict[str, Classifier], batch: Batch, *, seconds: float
+) -> dict[str, tuple[float, float]]:
+    """Median and p90 of one forward pass; contenders in turn, so that they share what else the
+    machine does.
+
+    Args:
+        seconds: to spend in all; each is run at least five times.
+    """
+    for model in models.values():
+        model.eval()
+        _forward(model, batch)  # what is made on first use
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or len(next(iter(samples.values()))) < 5:
+        for name, model in models.items():
+            began = time.perf_counter()
+            _forward(model, batch)
+            samples[name].append((time.perf_counter() - began) * 1e3)
+    return {
+        name: (statistics.median(of), sorted(of)[len(of) * 9 // 10]) for name, of in samples.items()
+    }
+
+
+def _forward(model: Classifier, batch: Batch) -> None:
+    model(batch.ids_T, batch.position_T, batch.offsets_B1)
+    if batch.ids_T.is_cuda:
+        torch.cuda.synchronize()
+
+
+def training_mib(model: Classifier, batch: Batch) -> float:
+    """What one step keeps for its backward pass, beside weights: the same on every device."""
+    model.train()
+
+    def run() -> Tensor:
+        output = model(batch.ids_T, batch.position_T, batch.offsets_B1)
+        return token_loss(output.logits_BC, batch.target_N)
+
+    return kept_bytes(run, model.parameters()) / 2**20

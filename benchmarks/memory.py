@@ -1,0 +1,27 @@
+"""Bytes that autograd keeps between the passes: the same on every device."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def kept_bytes(run: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """What a forward pass keeps for its backward pass, each storage once.
+
+    Args:
+        weights: not counted, for they are there anyway.
+    """
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    del out
+    return sum(kept.values())

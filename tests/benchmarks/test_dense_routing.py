@@ -1,0 +1,94 @@
+"""The benchmark of routing in depth, in a tiny form: every row, gone on with, and its page."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import dense_routing, dense_routing_table, depth_measure, depth_tasks, results
+from benchmarks.depth_tasks import Bench, block_flops, equal_flops, settings
+from moe_router.training.data import val_batches
+from tests.training.data.images_work import write_idx
+
+TINY = ("model.dim=32", "model.hidden=64", "model.heads=2", "model.kv_heads=2", "train.batch=8")
+KEEPS = {"prune": (0.6,), "merge": (0.7,)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Twelve rows of random images, two steps of training."""
+    for part, count in (("train", 40), ("t10k", 20)):
+        write_idx(tmp_path, part, count, size=28, noise=True)
+    task = replace(depth_tasks.TASKS["fashion"], steps=2, tune=1, keeps=KEEPS)
+    monkeypatch.setitem(depth_tasks.TASKS, "fashion", task)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(dense_routing, "BATCHES", (2, 4))
+    yield tmp_path
+    torch.set_num_threads(1)
+
+
+def run(folder, *more):
+    tiny = [word for key in TINY for word in ("--set", key)]
+    own = ["--fashion", str(folder), "--runs", str(folder / "runs"), "--seconds", "0.01"]
+    dense_routing.main([*own, *tiny, "--save", *more])
+    return {r["name"]: r for r in json.loads((folder / "results/dense_routing.json").read_text())}
+
+
+def test_every_row_is_measured_saved_and_gone_on_with(folder, capsys):
+    rows = run(folder, "--only", "fashion/prune/0.6*,fashion/dense")
+    names = ["dense", "prune/0.6", "prune/0.6/frozen", "prune/0.6/position", "prune/0.6/equal"]
+    assert list(rows) == [f"fashion/{name}" for name in names]
+    ours = rows["fashion/prune/0.6"]
+    p5, p50, p95 = ours["flops_p5_p50_p95"]
+    assert p5 < p50 <= p95 < ours["flops_dense"]
+    assert ours["flops_speedup"] == pytest.approx(ours["flops_dense"] / ours["flops"], abs=1e-3)
+    assert ours["router_parameters"] == 3 * (32 + 1) and ours["router_flops"] > 0
+    assert ours["training_mib"] < ours["training_mib_dense"]
+    assert rows["fashion/prune/0.6/equal"]["flops"] == pytest.approx(ours["flops"], rel=0.1)
+    assert rows["fashion/dense"]["flops"] == rows["fashion/dense"]["flops_dense"]
+    before = sorted((folder / "runs").glob("*/step_*"))
+    assert "fashion-prune-0.6-s0" in {path.parent.name for path in before}
+    (folder / "runs" / "fashion-prune-0.6-s0" / "kept").touch()
+    again = run(folder, "--only", "fashion/prune/0.6,fashion/merge/0.7*")
+    assert again["fashion/prune/0.6"]["seeds"] == ours["seeds"]  # the same checkpoint
+    assert again["fashion/merge/0.7"]["flops_speedup"] > 1.3
+    assert len(again) == len(names) + 4
+    assert {path.parent.name for path in (folder / "runs").glob("*/step_*")} >= {
+        path.parent.name for path in before
+    }
+    page = dense_routing_table.page(list(again.values()), "\n## What it says\nkept\n")
+    assert "| prune/0.6 | " in page and "too few seeds to claim anything" in page
+    assert page.endswith("kept\n") and "## sst2" not in page
+
+
+def test_flops_of_tokens_are_those_of_the_ledger_and_a_wrong_count_is_caught(folder, monkeypatch):
+    files = dense_routing.files_of("fashion", folder, folder / "runs")
+    bench = Bench("fashion", folder / "runs", (*files, *TINY), "cpu")
+    batch = next(val_batches(bench.dataset, rows=4, batch=4, rank=0, ranks=1))
+    for setting in settings(bench.task):
+        if setting.routing is not None:
+            trainer = bench.trained(replace(setting, steps=0), 0)
+            measured = depth_measure.executed(trainer.model, trainer.config, [batch])
+            assert 0.3 < measured.mean / measured.dense < 0.7
+            assert measured.dense == block_flops(trainer.config)
+            other = replace(trainer.config, model=replace(trainer.config.model, hidden=72))
+            with pytest.raises(AssertionError, match="the Ledger counts"):
+                depth_measure.executed(trainer.model, other, [batch])
+
+
+def test_the_equal_model_executes_as_much():
+    base = depth_tasks.load_config("fashion")
+    whole = block_flops(base)
+    for share in (0.3, 0.5, 0.8):
+        equal = equal_flops(base, share * whole)
+        assert block_flops(equal) == pytest.approx(share * whole, rel=0.03)
+        assert equal.model.layers == base.model.layers and equal.model.routing is None
+
+
+def test_a_verdict_wants_three_seeds_and_a_pooled_std():
+    row = {"mean": 0.9, "std": 0.01, "seeds": [0.9] * 3}
+    near, far = row | {"mean": 0.895}, row | {"mean": 0.88}
+    assert "not ahead" in dense_routing_table.verdict(row, near)
+    assert dense_routing_table.verdict(row, far).endswith("+2.0 pooled std: ahead")
+    assert "too few" in dense_routing_table.verdict(row, far | {"seeds": [0.88]})
