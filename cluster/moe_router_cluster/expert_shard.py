@@ -18,6 +18,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from moe_router.config import Config
 from moe_router.errors import ClusterError, PeerLostError
+from moe_router.observability.event_log import EventLog, Fact
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.serving.decoder import Decoder
 from moe_router.serving.requests import Event, Work
@@ -28,6 +29,7 @@ from moe_router.training.loop import Trainer
 from moe_router.training.parallel import is_peer_loss
 from moe_router.training.share import agreed, facts
 from moe_router_cluster.gating_actor import Reporter
+from moe_router_cluster.journal import LOGS
 from moe_router_cluster.network import point_gloo_to
 
 _ray: Any = ray  # half of its functions have no types
@@ -48,6 +50,7 @@ class ExpertShard:
         self._device = torch.device(device)
         self._folder = folder
         self._rank, self._ranks = 0, 1
+        self._generation = self._epoch = 0
         self._store: TCPStore | None = None
         self._dataset: AnyDataset | None = None
         self._trainer: Trainer | None = None
@@ -61,6 +64,11 @@ class ExpertShard:
     def home(self) -> tuple[str, int]:
         """The node's id and the process id: what it takes to end a frozen process."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def device_name(self) -> str:
+        """What it computes on: the GPU's name, or "cpu"."""
+        cuda = self._device.type == "cuda"
+        return torch.cuda.get_device_name(self._device) if cuda else self._device.type
 
     def address(self, local: bool) -> str:
         """Where other ranks reach this one; local: all ranks are on this machine."""
@@ -84,7 +92,7 @@ class ExpertShard:
             PeerLostError: a rank did not come within timeout_s.
         """
         self.leave()
-        self._rank, self._ranks = rank, ranks
+        self._rank, self._ranks, self._generation = rank, ranks, generation
         if ranks == 1:
             return
         cuda = self._device.type == "cuda"
@@ -135,6 +143,7 @@ class ExpertShard:
             )
             if step_dir is not None:
                 self._trainer.restore(Path(step_dir))
+            self._note("restored", checkpoint=step_dir)
             return self._trainer.step
 
     def run(self, steps: int) -> list[StepRecord]:
@@ -154,6 +163,7 @@ class ExpertShard:
         """
         with self._peers_may_be_lost():
             state = agreed(self._ready(), epoch=epoch, step=step)
+        self._epoch = epoch
         state_of_first = state if self._rank == 0 else None
         self._reporter = Reporter(service, self._rank, epoch, state_of_first)
 
@@ -165,6 +175,7 @@ class ExpertShard:
         """Write a checkpoint of the current step; wait=False returns while it is written."""
         with self._peers_may_be_lost():
             self._ready().save(self._run_dir, wait=wait)
+            self._note("checkpoint", written=wait)
 
     def load(self, step_dir: str) -> int:
         """Make ready to serve: the weights of a checkpoint, of the experts this rank's part.
@@ -212,10 +223,24 @@ class ExpertShard:
                 f"rank {self._rank}: out of GPU memory; lower train.batch or data.seq_len, raise "
                 "train.accumulation, or set train.activation_checkpointing=true"
             ) from error
+        except PeerLostError as error:
+            self._note("peer lost", reason=str(error))
+            raise
         except RuntimeError as error:
-            if isinstance(error, PeerLostError) or not is_peer_loss(error):
+            if not is_peer_loss(error):
                 raise
+            self._note("peer lost", reason=str(error).splitlines()[0])
             raise PeerLostError(f"rank {self._rank}: {str(error).splitlines()[0]}") from error
+
+    def _note(self, event: str, **more: Fact) -> None:
+        """In the log of a rank that trains."""
+        if self._trainer is not None:
+            path = self._run_dir / LOGS / f"rank_{self._rank}.jsonl"
+            EventLog(path, self._where).write(event, **more)
+
+    def _where(self) -> dict[str, Fact]:
+        where = {"rank": self._rank, "step": self._ready().step, "epoch": self._epoch}
+        return {**where, "generation": self._generation, "pid": os.getpid()}
 
 
 # max_concurrency=2: a ping answers while a step runs. max_restarts=0: an actor that Ray brings back

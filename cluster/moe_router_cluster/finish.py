@@ -22,8 +22,8 @@ from moe_router.observability.trace import Recorder
 from moe_router.routing import Context
 from moe_router.tables import visible
 from moe_router.training.inference import load_for_inference
+from moe_router_cluster.course import Progress
 from moe_router_cluster.progress import clock, short
-from moe_router_cluster.supervisor import Progress
 
 _SHOWN = 400  # characters of the sample on the screen; all of it is in sample.json
 

@@ -77,10 +77,14 @@ class Agreement:
         self._service: Any = None
         self._epoch = 0
 
-    def agree(self, step: int) -> None:
-        """Begin an epoch at a step to which every rank can come back. Raises as `ask` does."""
+    def agree(self, step: int) -> int:
+        """Begin an epoch at a step to which every rank can come back. Raises as `ask` does.
+
+        Returns:
+            The epoch; 0 of a model that has no experts.
+        """
         if self._config.model.moe is None:
-            return
+            return 0
         run = self._config.run.name
         with suppress(RayError):  # training goes on without it, and asks again next time
             if self._service is None:
@@ -89,6 +93,7 @@ class Agreement:
         if self._service is not None:
             self._epoch += 1
             self._ask("share", self._service, self._epoch, step)
+        return self._epoch
 
     def close(self) -> None:
         """End the service of a run that has ended."""

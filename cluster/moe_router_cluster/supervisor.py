@@ -4,8 +4,7 @@ It sees the group only through `Group`, so it is tested with a group that is no 
 """
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from moe_router.config import Config
 from moe_router.errors import ClusterError
 from moe_router.observability.metrics import MetricsWriter
 from moe_router.observability.records import EvalRecord, StepRecord
+from moe_router_cluster.course import Observer, Progress, Recovery
 from moe_router_cluster.faults import Kill
 from moe_router_cluster.interrupts import Interrupts
 from moe_router_cluster.lost import ActorsLost
@@ -32,60 +32,15 @@ class Group(Protocol):
     def kill(self, rank: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """Attributes:
-    actors: that were lost; empty when only a connection broke.
-    replaced: these, and those that hung behind them.
-    killed: on purpose, by --kill.
-    step: steps committed when it happened.
-    from_step: where all ranks went on from.
-    seconds: from the loss until every rank stood at from_step in the new generation.
-    """
-
-    actors: list[int]
-    replaced: list[int]
-    killed: bool
-    step: int
-    from_step: int
-    seconds: float
-    generation: int
-    reason: str
-
-    def __str__(self) -> str:
-        who = f"actor{'s' * (len(self.actors) > 1)} {', '.join(map(str, self.actors))}"
-        what = "killed" if self.killed else "lost"
-        spot = f"{what} at step {self.step}, recovered in {self.seconds:.1f} s"
-        return f"{who if self.actors else 'connection'} {spot}"
-
-
-@dataclass
-class Progress:
-    """What the run has come to, for the summary.
-
-    Attributes:
-        step: optimizer steps committed.
-        saved: the step of the newest checkpoint asked for.
-        tokens, busy_s: trained on by this process, and the time that took, recoveries excluded.
-    """
-
-    step: int = 0
-    saved: int = 0
-    tokens: int = 0
-    busy_s: float = 0.0
-    last: StepRecord | None = None
-    evals: dict[int, EvalRecord] = field(default_factory=dict)
-    recoveries: list[Recovery] = field(default_factory=list)
-
-
 class Supervisor:
     """Args:
     config: of the run.
     group: formed, every rank at `step`.
     step: where the run goes on from.
     latest: the newest whole checkpoint, or None.
-    agree: called with every step to which all ranks can come back.
+    agree: called with every step to which all ranks can come back; the epoch that begins there.
     kill: an actor to kill on the way.
+    observers: are told what happens.
     """
 
     def __init__(
@@ -98,13 +53,15 @@ class Supervisor:
         *,
         step: int,
         latest: Callable[[], Path | None],
-        agree: Callable[[int], None] = lambda step: None,
+        agree: Callable[[int], int] = lambda step: 0,
         kill: Kill | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.progress = Progress(step=step, saved=step)
         self._config, self._train = config, config.train
         self._group, self._writer, self._view = group, writer, view
         self._interrupts, self._latest, self._agree = interrupts, latest, agree
+        self._observers = observers
         self._kill = kill if kill is not None and kill.step >= step else None
         self._killed: tuple[int, int, float] | None = None  # rank, step, time
         self._step_s = 0.0  # how long one step takes
@@ -132,7 +89,7 @@ class Supervisor:
 
     def _advance(self) -> bool:
         done = self.progress
-        self._agree(done.step)
+        self._begin_epoch(done.step)
         while not self._interrupts.asked:
             if self._is_due(self._train.eval_every) and done.step not in done.evals:
                 self._evaluate()
@@ -165,6 +122,8 @@ class Supervisor:
         done.busy_s += seconds
         self._step_s = seconds / len(records)
         self._view.steps(records)
+        for observer in self._observers:
+            observer.stepped(records, seconds)
 
     def _chunk_size(self) -> int:
         """Steps of one call: about CHUNK_S, never across a step where something is due."""
@@ -189,11 +148,18 @@ class Supervisor:
         self.progress.evals[record.step] = record
         self._writer.write_eval(record)
         self._view.say(f"step {record.step}: held-out {record}")
+        for observer in self._observers:
+            observer.evaluated(record)
 
     def _save(self, *, wait: bool) -> None:
         self._group.ask("save", wait)
         self.progress.saved = self.progress.step
-        self._agree(self.progress.saved)
+        self._begin_epoch(self.progress.saved)
+
+    def _begin_epoch(self, step: int) -> None:
+        epoch = self._agree(step)
+        for observer in self._observers:
+            observer.agreed(epoch, step)
 
     def _recover(self, lost: ActorsLost) -> None:
         done = self.progress
@@ -228,6 +194,8 @@ class Supervisor:
         self._writer.rewind(step)
         self._view.say(str(recovery), style="bold yellow")
         self._view.at(step, recovery.generation)
+        for observer in self._observers:
+            observer.recovered(recovery)
 
     def _require_hope(self, losses: int, lost: ActorsLost) -> None:
         most = self._config.cluster.max_recoveries

@@ -20,14 +20,16 @@ from moe_router.observability.metrics import MetricsWriter
 from moe_router.observability.summary import quality_of, read_summary
 from moe_router.training.checkpoint_files import latest_checkpoint
 from moe_router.training.data import AnyDataset, Dataset, load_dataset
+from moe_router_cluster.course import Observer, Progress
 from moe_router_cluster.faults import Kill
 from moe_router_cluster.finish import finish, near
 from moe_router_cluster.interrupts import Interrupts
+from moe_router_cluster.journal import Journal
 from moe_router_cluster.lost import ActorsLost
 from moe_router_cluster.progress import View
 from moe_router_cluster.run_folder import RunFolder, open_run
 from moe_router_cluster.session import prepare_environment, ray_session
-from moe_router_cluster.supervisor import Progress, Supervisor
+from moe_router_cluster.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from moe_router_cluster.gating_actor import Agreement  # imports Ray
@@ -60,11 +62,12 @@ def train(
             _say_finished(folder.path, console)
             return True
         console.print(f"{config.run.name}: {config.train.steps} steps; starting", highlight=False)
-        per_token = bytes_per_token(load_dataset(config.data))
+        dataset = load_dataset(config.data)
+        text = _Text(dataset.vocab, bytes_per_token(dataset))
         with ray_session(config.cluster):
             interrupts.take_over()  # Ray has put its own handler on SIGTERM
             run = _Run(config, folder, console, interrupts, order, began)
-            return run.with_actors(per_token)
+            return run.with_actors(text)
 
 
 def bytes_per_token(dataset: AnyDataset) -> float | None:
@@ -78,6 +81,19 @@ def bytes_per_token(dataset: AnyDataset) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Text:
+    """What is told of the data when it has been read.
+
+    Attributes:
+        vocab: ids of the tokenizer.
+        bytes_per_token: see the function of this name.
+    """
+
+    vocab: int
+    bytes_per_token: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Run:
     """One process's part of a run, while Ray is there."""
 
@@ -88,7 +104,7 @@ class _Run:
     kill: Kill | None
     began: float  # time.monotonic()
 
-    def with_actors(self, per_token: float | None) -> bool:
+    def with_actors(self, text: _Text) -> bool:
         from ray.exceptions import RayError, RayTaskError
 
         from moe_router_cluster.gating_actor import Agreement
@@ -97,7 +113,7 @@ class _Run:
         group = ShardGroup(self.config, self.folder.path)
         agreement = Agreement(self.config, group.ask)
         try:
-            return self._drive(group, agreement, per_token)
+            return self._drive(group, agreement, text)
         except RayTaskError:
             raise  # a bug of ours: its traceback is what is needed
         except RayError as error:
@@ -107,14 +123,14 @@ class _Run:
             agreement.close()
             group.close()
 
-    def _drive(self, group: "ShardGroup", agreement: "Agreement", per_token: float | None) -> bool:
+    def _drive(self, group: "ShardGroup", agreement: "Agreement", text: _Text) -> bool:
         path, actors = self.folder.path, self.config.cluster.actors
         step = group.start(self.folder.checkpoint, self._say)
         self._say(
             f"{actors} actor{'s' * (actors > 1)} on {group.device}, ready after "
             f"{time.monotonic() - self.began:.1f} s"
         )
-        ended, progress = self._supervise(group, agreement, step, per_token)
+        ended, progress = self._supervise(group, agreement, step, text)
         with suppress(ActorsLost):  # what an actor that dies now held is on disk
             group.ask("leave")
         group.close()
@@ -128,11 +144,13 @@ class _Run:
         return True
 
     def _supervise(
-        self, group: "ShardGroup", agreement: "Agreement", step: int, per_token: float | None
+        self, group: "ShardGroup", agreement: "Agreement", step: int, text: _Text
     ) -> tuple[bool, Progress]:
         config, path = self.config, self.folder.path
         steps, actors = config.train.steps, config.cluster.actors
-        view = View(self.console, steps=steps, bytes_per_token=per_token, actors=actors)
+        journal = Journal(path, step)
+        journal.say("started", actors=actors, device=group.device, generation=group.generation)
+        view = View(self.console, steps=steps, bytes_per_token=text.bytes_per_token, actors=actors)
         with MetricsWriter(path, config.run, resume_from=step) as writer, view:
             if step:
                 view.say(f"going on from step {step} of {near(path)}")
@@ -146,8 +164,16 @@ class _Run:
                 latest=partial(latest_checkpoint, path),
                 agree=agreement.agree,
                 kill=self.kill,
+                observers=(journal, self._meters(group, text)),
             )
-            return supervisor.run(), supervisor.progress
+            ended = supervisor.run()
+        journal.say("finished" if ended else "stopped")
+        return ended, supervisor.progress
+
+    def _meters(self, group: "ShardGroup", text: _Text) -> Observer:
+        from moe_router_cluster.meters import Meters
+
+        return Meters(self.config, text.vocab, group.ask_first("device_name"))
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -153,6 +153,8 @@ def _metrics_row(record: StepRecord) -> dict[str, Cell]:
         "rows": record.rows,
         "executed_flops": record.executed_flops,
         "dense_flops": record.dense_flops,
+        "dispatch_us": record.dispatch_us,
+        "dispatch_bytes": record.dispatch_bytes,
         **{f"loss_{name}": value for name, value in record.losses.items()},
     }
 

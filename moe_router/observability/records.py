@@ -19,6 +19,8 @@ class StepRecord:
         load_LE: rows chosen for each expert, of each MoE layer, before drops.
         rows, dropped: choices that asked for a row; those that got none.
         executed_flops, dense_flops: of the routed layers, forward, from the Ledger.
+        dispatch_us: rank 0's dispatch and combine, forward, all layers; None without any.
+        dispatch_bytes: hidden states that they brought to rank 0's experts.
     """
 
     step: int
@@ -33,6 +35,8 @@ class StepRecord:
     dropped: int = 0
     executed_flops: int = 0
     dense_flops: int = 0
+    dispatch_us: float | None = None
+    dispatch_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

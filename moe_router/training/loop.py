@@ -26,6 +26,7 @@ from moe_router.training.evaluate import evaluate
 from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step
 from moe_router.training.parallel import Ownership, local_gradients, moe_layers, share_gradients
 from moe_router.training.peers import peers_may_be_lost
+from moe_router.training.probe import watched
 from moe_router.training.state import named_state
 from moe_router.training.tally import StepTotals, Tally
 from moe_router.types import NoiseKey
@@ -77,7 +78,7 @@ class Trainer:
         """Take the next optimizer step.
 
         Returns:
-            The record, equal on all ranks but for `seconds`.
+            The record, equal on all ranks but for `seconds` and what dispatch took.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite; the weights are unchanged.
@@ -154,6 +155,8 @@ class Trainer:
             dropped=totals.dropped,
             executed_flops=totals.executed_flops,
             dense_flops=totals.dense_flops,
+            dispatch_us=tally.probe.microseconds,
+            dispatch_bytes=tally.probe.bytes,
         )
 
     def _gradients(self, micros: list[_Micro]) -> tuple[Tally, StepTotals, Recorder | None]:
@@ -188,7 +191,8 @@ class Trainer:
             # tokens are counted through the whole step
             before = micro.key.step % self.config.train.accumulation * batch.tokens
             recorder.begin(batch.shown_T, batch.position_T, before + batch.first_token)
-        output = self._forward(batch, Context(micro.key, tally.ledger, recorder))
+        with watched(self._moes, tally.probe):
+            output = self._forward(batch, Context(micro.key, tally.ledger, recorder))
         cross_entropy = token_loss(output.logits, batch.target_N)
         loss = cross_entropy / batch.targets + self.model.aux_loss(output)
         (loss / self.config.train.accumulation).backward()  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.routing import Ledger
+from moe_router.training.probe import Probe
 from moe_router.types import Routed
 from moe_router_kernels import reference
 
@@ -18,7 +19,7 @@ class Tally:
     """
 
     def __init__(self, layers: int, experts: int, micro_steps: int, device: torch.device) -> None:
-        self.ledger = Ledger()
+        self.ledger, self.probe = Ledger(), Probe(device)
         self._layers, self._experts, self._micro_steps = layers, experts, micro_steps
         # fp64 holds counts to 2**53 and lets one message carry them beside the losses
         self._load_LE = torch.zeros(layers, experts, dtype=torch.float64, device=device)

@@ -11,11 +11,12 @@ from moe_router.observability.csv_log import read_rows
 from moe_router.observability.metrics import MetricsWriter
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router_cluster import supervisor as module
+from moe_router_cluster.course import Recovery
 from moe_router_cluster.faults import Kill
 from moe_router_cluster.interrupts import Interrupts
 from moe_router_cluster.lost import ActorsLost
 from moe_router_cluster.progress import View
-from moe_router_cluster.supervisor import Recovery, Supervisor
+from moe_router_cluster.supervisor import Supervisor
 
 
 class FakeGroup:
