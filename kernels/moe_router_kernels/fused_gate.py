@@ -2,8 +2,9 @@
 
 One launch decides for a block of tokens: scores, top-k, weights, how often the block chose each
 group, how many tokens of the block stand before each choice in its group, and what the block adds
-to the sums of the losses. `plan` turns the counts into rows. No sort, no atomics, nothing waits for
-the host. The backward pass is one launch.
+to the sums of the losses. `planning` turns the counts into rows; where all tokens fit into one
+block, the same launch does. No sort, no atomics, nothing waits for the host. The backward pass is
+one launch.
 
 Not covered: group-limited choice over numbers that are no powers of two.
 """
@@ -75,6 +76,10 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
     load_ptr,  # (G, blocks)
     share_ptr,  # (G, blocks) fp32, if SUMS
     z_ptr,  # (blocks,) fp32, if SUMS
+    src_ptr,  # the Plan, if ALONE
+    choice_ptr,
+    offsets_ptr,
+    row_ptr,
     T,
     G,
     E,
@@ -90,6 +95,7 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
     TOP_GROUPS: tl.constexpr,
     GIVEN: tl.constexpr,  # the choices are read, not made
     SUMS: tl.constexpr,
+    ALONE: tl.constexpr,  # there is no other block, so that rows are known here
 ):
     block = tl.program_id(0)
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -144,6 +150,22 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
     if RENORMALISE:
         weights = weights / tl.maximum(tl.sum(weights, 1), 1e-20)[:, None]
     tl.store(weight_ptr + out, weights, mask=keep)
+    if ALONE:
+        total = tl.where(group < E, tl.sum(chosen, 0), 0)
+        end = tl.cumsum(total, 0)
+        tl.store(offsets_ptr + group + 1, end, mask=group < E)
+        tl.store(offsets_ptr + group, tl.zeros((G_PAD,), tl.int32), mask=group == 0)
+        first = tl.broadcast_to((end - total)[None, :], (BLOCK_T, G_PAD))
+        row = tl.gather(first, raw, 1) + rank
+        whose = tl.broadcast_to(token[:, None], (BLOCK_T, K_PAD))
+        choice = whose * K + slot[None, :]
+        unused = keep & (choice >= tl.sum(total, 0))
+        none = tl.full((BLOCK_T, K_PAD), -1, tl.int32)
+        tl.store(row_ptr + out, tl.where(real, row, -1), mask=keep)
+        tl.store(src_ptr + row, whose, mask=real)
+        tl.store(choice_ptr + row, choice, mask=real)
+        tl.store(src_ptr + out, none, mask=unused)
+        tl.store(choice_ptr + out, none, mask=unused)
 
 
 @triton.jit
@@ -241,8 +263,9 @@ class Gated:
         weight_TK: fp32.
         rank_TK: int32, earlier tokens of the block in the same group.
         load_GN: int32, choices of each group by block of tokens.
-        share_GN, z_N: fp32 partial sums, empty if not asked for.
+        share_GN, z_N: fp32 partial sums, empty if not asked for; `sums` says whether.
         block: tokens of a block.
+        plan: over the experts, if there was one block; else `planning` makes it.
     """
 
     raw_TK: Tensor
@@ -251,7 +274,9 @@ class Gated:
     load_GN: Tensor
     share_GN: Tensor
     z_N: Tensor
+    sums: bool
     block: int
+    plan: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
 
 def gate(
@@ -276,19 +301,23 @@ def gate(
 
     raw_TK = ints(T, k) if given_TK is None else given_TK.contiguous()
     made = 0 if given_TK is not None else blocks
+    plan = None
+    if made == 1:
+        plan = ints(T * k), ints(T * k), ints(rule.experts + 1), ints(T, k)
     out = Gated(
         raw_TK, floats(T, k), ints(T if made else 0, k), ints(G, made),
-        floats(G, blocks if sums else 0), floats(blocks if sums else 0), block,
+        floats(G, blocks if sums else 0), floats(blocks if sums else 0), sums,
+        block, plan,
     )  # fmt: skip
     if T:
         _gate_kernel[(blocks,)](
             logits_TG, logits_TG if bias_E is None else bias_E,
             out.raw_TK, out.weight_TK, out.rank_TK, out.load_GN, out.share_GN, out.z_N,
-            T, G, rule.experts, blocks,
+            *(plan or [raw_TK] * 4), T, G, rule.experts, blocks,
             K=k, K_PAD=triton.next_power_of_2(k), G_PAD=triton.next_power_of_2(G), BLOCK_T=block,
             SOFTMAX=rule.score == "softmax", BIASED=bias_E is not None,
             RENORMALISE=rule.renormalise, GROUPS=rule.expert_groups, TOP_GROUPS=rule.top_groups,
-            GIVEN=given_TK is not None, SUMS=sums,
+            GIVEN=given_TK is not None, SUMS=sums, ALONE=plan is not None,
         )  # fmt: skip
     return out
 

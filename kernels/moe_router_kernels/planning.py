@@ -4,6 +4,8 @@ A choice's row is where its group begins, plus its rank in the group: choices of
 (`scan`) and earlier choices of its own block. No sort, no atomics.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 from moe_router_kernels.fused_gate import Gated
 
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor]  # load_G, share_G and z of the gate; empty if not asked for
 
 
 @triton.jit
@@ -62,6 +65,20 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _store_rows(  # type: ignore[no-untyped-def]
+    choice, live, target, row, used, src_ptr, choice_ptr, row_ptr, E, K: tl.constexpr
+):
+    """A choice's row, and the way back; -1 in the rows that no choice has, which are the last."""
+    real = live & (target >= 0) & (target < E)
+    tl.store(row_ptr + choice, tl.where(real, row, -1), mask=live)
+    tl.store(src_ptr + row, choice // K, mask=real)
+    tl.store(choice_ptr + row, choice, mask=real)
+    unused = live & (choice >= used)
+    tl.store(src_ptr + choice, -1, mask=unused)
+    tl.store(choice_ptr + choice, -1, mask=unused)
+
+
+@triton.jit
 def _place_kernel(  # type: ignore[no-untyped-def]
     target_ptr, rank_ptr, before_ptr, total_ptr, src_ptr, choice_ptr, offsets_ptr, row_ptr,
     R, E, blocks,
@@ -82,14 +99,44 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     before_at = mine.to(tl.int64) * blocks + choice // PER_BLOCK
     before = tl.load(before_ptr + before_at, mask=real, other=0)
     row = tl.gather(end - total, mine, 0) + before + rank
-    tl.store(row_ptr + choice, tl.where(real, row, -1), mask=live)
-    tl.store(src_ptr + row, choice // K, mask=real)
-    tl.store(choice_ptr + row, choice, mask=real)
-    # rows past the end, if choices are missing
-    unused = live & (choice >= tl.sum(total, 0))
-    none = tl.full((BLOCK_R,), -1, tl.int32)
-    tl.store(src_ptr + choice, none, mask=unused)
-    tl.store(choice_ptr + choice, none, mask=unused)
+    used = tl.sum(total, 0)
+    _store_rows(choice, live, target, row, used, src_ptr, choice_ptr, row_ptr, E, K)
+
+
+@triton.jit
+def _scan_and_place_kernel(  # type: ignore[no-untyped-def]
+    target_ptr, rank_ptr, load_ptr, total_ptr, share_ptr, shares_ptr, z_ptr, zs_ptr,
+    src_ptr, choice_ptr, offsets_ptr, row_ptr, R, G, E, blocks,
+    K: tl.constexpr, G_PAD: tl.constexpr, N_PAD: tl.constexpr, PER_BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Both at once: each program reads all counts, which are few."""
+    mine = tl.program_id(0)
+    group, block = tl.arange(0, G_PAD), tl.arange(0, N_PAD)
+    at = group[:, None] * blocks + block[None, :]
+    inside = (group < G)[:, None] & (block < blocks)[None, :]
+    load = tl.load(load_ptr + at, mask=inside, other=0)
+    count = tl.sum(load, 1)
+    total = tl.where(group < E, count, 0)
+    end = tl.cumsum(total, 0)
+    before = tl.sum(tl.where(block[None, :] < mine, load, 0), 1)
+    if mine == 0:
+        tl.store(total_ptr + group, count, mask=group < G)
+        tl.store(offsets_ptr + group + 1, end, mask=group < E)
+        tl.store(offsets_ptr + group, tl.zeros((G_PAD,), tl.int32), mask=group == 0)
+        if SUMS:
+            share = tl.load(share_ptr + at, mask=inside, other=0.0)
+            tl.store(shares_ptr + group, tl.sum(share, 1), mask=group < G)
+            tl.store(zs_ptr, tl.sum(tl.load(z_ptr + block, mask=block < blocks, other=0.0), 0))
+    inner = tl.arange(0, BLOCK_R)
+    choice = mine * PER_BLOCK + inner
+    live = (inner < PER_BLOCK) & (choice < R)
+    target = tl.load(target_ptr + choice, mask=live, other=-1)
+    rank = tl.load(rank_ptr + choice, mask=live, other=0)
+    whose = tl.where((target >= 0) & (target < E), target, 0)
+    row = tl.gather(end - total + before, whose, 0) + rank
+    used = tl.sum(total, 0)
+    _store_rows(choice, live, target, row, used, src_ptr, choice_ptr, row_ptr, E, K)
 
 
 @triton.jit
@@ -108,46 +155,80 @@ def _drop_kernel(  # type: ignore[no-untyped-def]
     tl.store(kept_ptr + choice, tl.where(real & (rank < capacity), target, -1), mask=live)
 
 
-def _scan(load_GN: Tensor, gated: Gated | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(G, N) choices before each block, (G,) in all; with `gated` its sums, else nothing."""
-    G, blocks = load_GN.shape
-    before_GN, total_G = torch.empty_like(load_GN), load_GN.new_empty(G)
-    sums = gated is not None and gated.z_N.numel() == blocks
-    partial = (gated.share_GN, gated.z_N) if gated is not None else (load_GN, load_GN)
-    share_G = torch.zeros(G if sums else 0, device=load_GN.device)
-    z = torch.zeros(1 if sums else 0, device=load_GN.device)
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What blocks of choices have counted.
+
+    Attributes:
+        load_GN: int32, choices of each group by block.
+        per: choices of a block.
+        share_GN, z_N: fp32, partial sums of the losses, if `sums`.
+    """
+
+    load_GN: Tensor
+    per: int
+    share_GN: Tensor
+    z_N: Tensor
+    sums: bool = False
+
+    @classmethod
+    def of_ids(cls, load_GN: Tensor, per: int) -> "Counts":
+        return cls(load_GN, per, load_GN, load_GN)
+
+    def totals(self) -> Sums:
+        """Unwritten."""
+        G, floats = self.load_GN.size(0), self.share_GN.new_empty
+        return self.load_GN.new_empty(G), floats(G * self.sums), floats(int(self.sums))
+
+
+def _scan(counts: Counts) -> tuple[Tensor, Sums]:
+    """(G, N) choices before each block; and the sums over the blocks."""
+    load_GN, (load_G, share_G, z) = counts.load_GN, counts.totals()
+    (G, blocks), before_GN = load_GN.shape, torch.empty_like(load_GN)
     if G:
         _scan_kernel[(G,)](
-            load_GN, before_GN, total_G, partial[0], share_G, partial[1], z, blocks,
-            BLOCK_N=min(2048, triton.next_power_of_2(max(blocks, 1))), SUMS=sums,
+            load_GN, before_GN, load_G, counts.share_GN, share_G, counts.z_N, z, blocks,
+            BLOCK_N=min(2048, triton.next_power_of_2(max(blocks, 1))), SUMS=counts.sums,
         )  # fmt: skip
-    return before_GN, total_G, share_G, z
+    return before_GN, (load_G, share_G, z)
 
 
-def _place(
-    target_TK: Tensor, rank_TK: Tensor, before_GN: Tensor, total_G: Tensor, groups: int, per: int
-) -> Plan:
-    K, R = target_TK.size(1), target_TK.numel()
-    src_R, choice_R = target_TK.new_empty(R), target_TK.new_empty(R)
-    offsets_G1, row_TK = target_TK.new_empty(groups + 1), torch.empty_like(target_TK)
+def _finish(target_TK: Tensor, rank_TK: Tensor, counts: Counts, groups: int) -> tuple[Sums, Plan]:
+    """Sums over the blocks, and the Plan over the first `groups` groups."""
+    K, R, (G, blocks) = target_TK.size(1), target_TK.numel(), counts.load_GN.shape
+    ints = target_TK.new_empty
+    plan = ints(R), ints(R), ints(groups + 1), torch.empty_like(target_TK)
+    pads = triton.next_power_of_2(max(G, 1)), triton.next_power_of_2(max(blocks, 1))
+    if blocks and pads[0] * pads[1] <= 8192:
+        sums = counts.totals()
+        _scan_and_place_kernel[(blocks,)](
+            target_TK, rank_TK, counts.load_GN, sums[0], counts.share_GN, sums[1], counts.z_N,
+            sums[2], *plan, R, G, groups, blocks,
+            K=max(K, 1), G_PAD=pads[0], N_PAD=pads[1], PER_BLOCK=counts.per,
+            BLOCK_R=triton.next_power_of_2(counts.per), SUMS=counts.sums, num_warps=8,
+        )  # fmt: skip
+        return sums, plan
+    before_GN, sums = _scan(counts)
     # without tokens, someone must still write the offsets
     _place_kernel[(max(1, triton.cdiv(R, 1024)),)](
-        target_TK, rank_TK, before_GN, total_G, src_R, choice_R, offsets_G1, row_TK,
-        R, groups, before_GN.size(1),
-        K=max(K, 1), E_PAD=triton.next_power_of_2(max(groups, 1)), PER_BLOCK=per, BLOCK_R=1024,
+        target_TK, rank_TK, before_GN, sums[0], *plan, R, groups, blocks,
+        K=max(K, 1), E_PAD=triton.next_power_of_2(max(groups, 1)), PER_BLOCK=counts.per,
+        BLOCK_R=1024,
     )  # fmt: skip
-    return src_R, choice_R, offsets_G1, row_TK
+    return sums, plan
 
 
 def finish(gated: Gated, experts: int) -> tuple[Tensor, Tensor, Tensor, Plan]:
     """(G,) load of what the gate decided, the sums of the losses, and the Plan over the experts."""
-    before_GN, load_G, share_G, z = _scan(gated.load_GN, gated)
+    if gated.plan is not None:
+        return gated.load_GN.flatten(), gated.share_GN.flatten(), gated.z_N, gated.plan
     per = gated.block * gated.raw_TK.size(1)
-    plan = _place(gated.raw_TK, gated.rank_TK, before_GN, load_G, experts, per)
+    counts = Counts(gated.load_GN, per, gated.share_GN, gated.z_N, gated.sums)
+    (load_G, share_G, z), plan = _finish(gated.raw_TK, gated.rank_TK, counts, experts)
     return load_G, share_G, z, plan
 
 
-def _rank(target_TK: Tensor, groups: int, order_R: Tensor | None) -> tuple[Tensor, Tensor, int]:
+def _rank(target_TK: Tensor, groups: int, order_R: Tensor | None) -> tuple[Tensor, Counts]:
     R, pad = target_TK.numel(), triton.next_power_of_2(max(groups, 1))
     block = max(16, min(256, 8192 // pad))
     blocks = triton.cdiv(R, block)
@@ -157,14 +238,13 @@ def _rank(target_TK: Tensor, groups: int, order_R: Tensor | None) -> tuple[Tenso
             target_TK, target_TK if order_R is None else order_R, rank_TK, load_GN,
             R, groups, blocks, BLOCK=block, G_PAD=pad, ORDERED=order_R is not None,
         )  # fmt: skip
-    return rank_TK, load_GN, block
+    return rank_TK, Counts.of_ids(load_GN, block)
 
 
 def plan_from_ids(target_TK: Tensor, groups: int) -> Plan:
-    """`reference.plan`, in three launches. target_TK is int32 and contiguous."""
-    rank_TK, load_GN, block = _rank(target_TK, groups, None)
-    before_GN, total_G, _, _ = _scan(load_GN)
-    return _place(target_TK, rank_TK, before_GN, total_G, groups, block)
+    """`reference.plan`, in two or three launches. target_TK is int32 and contiguous."""
+    rank_TK, counts = _rank(target_TK, groups, None)
+    return _finish(target_TK, rank_TK, counts, groups)[1]
 
 
 def drop(target_TK: Tensor, groups: int, order_R: Tensor, capacity: int) -> Tensor:
@@ -173,12 +253,12 @@ def drop(target_TK: Tensor, groups: int, order_R: Tensor, capacity: int) -> Tens
     Args:
         order_R: int32 permutation of the flat choices, first served first.
     """
-    rank_TK, load_GN, block = _rank(target_TK, groups, order_R)
-    before_GN, _, _, _ = _scan(load_GN)
+    rank_TK, counts = _rank(target_TK, groups, order_R)
+    before_GN, _ = _scan(counts)
     kept_TK, R = torch.empty_like(target_TK), target_TK.numel()
     if R:
         _drop_kernel[(triton.cdiv(R, 1024),)](
             target_TK, order_R, rank_TK, before_GN, kept_TK, R, groups, before_GN.size(1),
-            capacity, PER_BLOCK=block, BLOCK=1024,
+            capacity, PER_BLOCK=counts.per, BLOCK=1024,
         )  # fmt: skip
     return kept_TK

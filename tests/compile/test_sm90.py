@@ -64,6 +64,7 @@ def test_gate(groups, k, block, biased, given, tmp_path):
     constants = {"K": k, "K_PAD": k, "G_PAD": groups, "BLOCK_T": block}
     constants |= {"SOFTMAX": not biased, "BIASED": biased, "RENORMALISE": True}
     constants |= {"GROUPS": 4 if biased else 1, "TOP_GROUPS": 2, "GIVEN": given, "SUMS": biased}
+    constants["ALONE"] = not given
     assert spilled(fused_gate._gate_kernel, constants, tmp_path) <= 16
 
 
@@ -79,6 +80,15 @@ def test_gate_backward(groups, k, block, softmax, tmp_path):
 def test_place(groups, k, tmp_path):
     constants = {"K": k, "E_PAD": groups, "PER_BLOCK": 16 * k, "BLOCK_R": 1024}
     assert spilled(planning._place_kernel, constants, tmp_path) == 0
+
+
+@pytest.mark.parametrize("groups, blocks, per", [(8, 64, 16), (128, 64, 64), (512, 16, 64)])
+@pytest.mark.parametrize("sums", [False, True])
+def test_scan_and_place(groups, blocks, per, sums, tmp_path):
+    constants = {"K": 8, "G_PAD": groups, "N_PAD": blocks, "PER_BLOCK": per, "BLOCK_R": per}
+    options = {"num_warps": 8}
+    kernel = planning._scan_and_place_kernel
+    assert spills(machine_code(kernel, TYPES, constants | {"SUMS": sums}, tmp_path, **options)) == 0
 
 
 @pytest.mark.parametrize("groups, block", [(8, 256), (128, 64), (512, 16)])

@@ -45,7 +45,9 @@ def same(ours, wanted):
 
 
 @pytest.mark.parametrize(
-    "T, E, Z, K", [(1, 1, 0, 1), (7, 13, 0, 3), (130, 8, 3, 2), (65, 63, 1, 8)]
+    "T, E, Z, K",
+    # one block, a few, and too many for one program to scan
+    [(1, 1, 0, 1), (7, 13, 0, 3), (5, 6, 2, 3), (130, 8, 3, 2), (65, 63, 1, 8), (300, 250, 1, 2)],
 )
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("biased, renormalise", [(False, True), (True, False)])
