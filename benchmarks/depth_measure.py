@@ -12,7 +12,6 @@ from benchmarks.memory import kept_bytes
 from moe_router import Context, Ledger
 from moe_router.config import Config
 from moe_router.models import Classifier, token_loss
-from moe_router.models.attend import SIZE_CHANNELS
 from moe_router.training.data import Batch
 from moe_router.types import Choice, Plan
 from moe_router_kernels import reference
@@ -82,11 +81,9 @@ def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: list[Tensor]) -> T
         fed_T = ran[layer].cpu() if ran else all_T
         # tokens merge between attention and feed-forward; else both compute the same ones
         attended_T = before_T if merges else fed_T
-        by_size = merges and any(model.routes(i, "merge") for i in range(layer))
-        channels = D + (SIZE_CHANNELS * model.heads if by_size else 0)
         seen_B = torch.zeros(offsets_B1.numel() - 1, dtype=torch.int64)
         seen_B.scatter_add_(0, sequence_T, attended_T.long())
-        attention_T = 2 * (2 * D * D + 2 * D * width) + 4 * channels * seen_B[sequence_T]
+        attention_T = 2 * (2 * D * D + 2 * D * width) + 4 * D * seen_B[sequence_T]
         flops_T += attended_T * attention_T + fed_T * (6 * D * model.hidden)
         before_T = fed_T
     return flops_T
@@ -97,11 +94,13 @@ def milliseconds(
     models: dict[str, Classifier], batch: Batch, *, seconds: float
 ) -> dict[str, tuple[float, float]]:
     """Median and p90 of one forward pass; contenders in turn, so that they share what else the
-    machine does.
+    machine does. On a CPU, where one thread computes, of that thread's own time: what else runs on
+    the cores then counts for little.
 
     Args:
         seconds: to spend in all; each is run at least five times.
     """
+    clock = time.perf_counter if batch.ids_T.is_cuda else time.thread_time
     for model in models.values():
         model.eval()
         _forward(model, batch)  # what is made on first use
@@ -109,9 +108,9 @@ def milliseconds(
     until = time.monotonic() + seconds
     while time.monotonic() < until or len(next(iter(samples.values()))) < 5:
         for name, model in models.items():
-            began = time.perf_counter()
+            began = clock()
             _forward(model, batch)
-            samples[name].append((time.perf_counter() - began) * 1e3)
+            samples[name].append((clock() - began) * 1e3)
     return {
         name: (statistics.median(of), sorted(of)[len(of) * 9 // 10]) for name, of in samples.items()
     }

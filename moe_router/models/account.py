@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from moe_router.config import ModelConfig
-from moe_router.models.attend import SIZE_CHANNELS
 from moe_router.models.kv_cache import LayerCache
 from moe_router.routing import Ledger
 
@@ -43,7 +42,6 @@ class Account:
         ran: Sequence[int],
         cache: LayerCache | None,
         fed: Sequence[int] | None = None,
-        by_size: bool = False,
     ) -> None:
         """Count a block that has run.
 
@@ -51,7 +49,6 @@ class Account:
             ran: tokens of each sequence that it computed.
             cache: its own, the new tokens in it.
             fed: those that its feed-forward computed, where tokens merged; None: the same.
-            by_size: its keys were seen by their sizes.
         """
         D, tokens = self._config.dim, sum(ran)
         kv_width = D // self._config.heads * self._config.kv_heads
@@ -60,10 +57,9 @@ class Account:
         if cache is not None and tokens:
             new_B = torch.tensor(ran).to(cache.length_B.device, non_blocking=True)
             pairs = (new_B * (cache.length_B - new_B)).sum() + pairs
-        width = D + (SIZE_CHANNELS * self._config.heads if by_size else 0)
         self._ledger.add(
             "attention",
-            tokens * project + 4 * width * pairs,
+            tokens * project + 4 * D * pairs,
             self._tokens * project + 4 * D * self._pairs,
         )
         tokens = tokens if fed is None else sum(fed)

@@ -19,11 +19,21 @@ from torch import Tensor
 from moe_router.models.packing import Packing, Piece
 
 HALF = (torch.bfloat16, torch.float16)
-SIZE_CHANNELS = 8  # more channels of a head, where keys are seen by size
 
 
-def attend_packed(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
+def attend_packed(
+    q_THC: Tensor,
+    k_TJC: Tensor,
+    v_TJC: Tensor,
+    packing: Packing,
+    size_T: Tensor | None = None,
+) -> Tensor:
     """Each token attends to itself and the earlier tokens of its sequence, or to all of it.
+
+    Args:
+        size_T: fp32, at least 1, where attention is not causal: a key of size s is seen as s
+            equal ones, so log(s) is added to its scores (Bolya et al. 2022, arXiv:2210.09461,
+            equation 1). None: 1 each.
 
     Returns:
         (T, H, C) of q's dtype.
@@ -32,37 +42,20 @@ def attend_packed(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing)
         # nothing, but keys and values take part: FSDP2 wants the same gradients on every rank
         return q_THC + k_TJC.sum() + v_TJC.sum()
     if q_THC.is_cuda and q_THC.dtype in HALF and q_THC.size(-1) % 8 == 0:
-        return _flash(packing.causal)(q_THC, k_TJC, v_TJC, packing)
+        if size_T is None:
+            return _flash(packing.causal)(q_THC, k_TJC, v_TJC, packing)
+        more = _more_channels(q_THC, k_TJC, v_TJC, size_T)
+        return _flash(packing.causal)(*more, packing)[..., : q_THC.size(-1)]
     sizes = [piece.tokens for piece in packing.pieces]
     # split, not slices: its backward is one concatenation
     q_parts, k_parts, v_parts = (torch.split(x, sizes) for x in (q_THC, k_TJC, v_TJC))
-    parts = zip(q_parts, k_parts, v_parts, packing.pieces, strict=True)
-    out = [_attend_piece(q, k, v, piece, packing.causal) for q, k, v, piece in parts]
+    masks = [piece.mask_R1WW for piece in packing.pieces]
+    if size_T is not None:
+        logs = torch.split(size_T.log().to(q_THC.dtype), sizes)
+        masks = [_seen_by_size(p, log) for p, log in zip(packing.pieces, logs, strict=True)]
+    parts = zip(q_parts, k_parts, v_parts, packing.pieces, masks, strict=True)
+    out = [_attend_piece(*part, packing.causal) for part in parts]
     return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def attend_by_size(
-    q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, size_T: Tensor, packing: Packing
-) -> Tensor:
-    """`attend_packed`, where a key of size s is seen as s equal ones: log(s) is added to its score.
-
-    It comes there through one more channel, so that every kernel computes it.
-
-    Args:
-        size_T: fp32, at least 1.
-
-    Source: Bolya et al. 2022, arXiv:2210.09461, equation 1.
-    """
-    C = q_THC.size(-1)
-    one_TH1 = torch.full_like(q_THC[..., :1], (C + SIZE_CHANNELS) ** 0.5)
-    # scores are divided by the root of all channels
-    q_THX = torch.cat([q_THC * ((C + SIZE_CHANNELS) / C) ** 0.5, one_TH1], -1)
-    log_TJ1 = size_T.log().to(k_TJC.dtype)[:, None, None].expand(-1, k_TJC.size(1), 1)
-    k_TJX = torch.cat([k_TJC, log_TJ1], -1)
-    # zeros: kernels want channels by eights, and values as wide as keys
-    q_THX, k_TJX = (F.pad(x, (0, SIZE_CHANNELS - 1)) for x in (q_THX, k_TJX))
-    v_TJX = F.pad(v_TJC, (0, SIZE_CHANNELS))
-    return attend_packed(q_THX, k_TJX, v_TJX, packing)[..., :C]
 
 
 def attend_cached(
@@ -125,24 +118,53 @@ def _attend_grid(
     return y_BQHC[cell_T]
 
 
+def _more_channels(
+    q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, size_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For a kernel that takes no mask: log(size) comes to the scores through one more channel;
+    eight, for kernels want channels by eights, and values as wide as keys."""
+    T, H, C = q_THC.shape
+    first_X = (torch.arange(8, device=q_THC.device) == 0).to(q_THC.dtype)
+    root = (C + 8) ** 0.5  # by which the kernel divides scores
+    q_THX = torch.cat([q_THC * (root / C**0.5), (first_X * root).expand(T, H, -1)], -1)
+    log_TX = size_T.log().to(k_TJC.dtype)[:, None] * first_X
+    k_TJX = torch.cat([k_TJC, log_TX[:, None].expand(-1, k_TJC.size(1), -1)], -1)
+    return q_THX, k_TJX, F.pad(v_TJC, (0, 8))
+
+
+def _seen_by_size(piece: Piece, log_T: Tensor) -> Tensor:
+    """(R, 1, W, W) what is added to the scores of a piece: log(size) of the key, -inf if unseen."""
+    bias_R11W = _grid(log_T, piece)[:, None, None]
+    if piece.mask_R1WW is None:
+        return bias_R11W.expand(-1, -1, piece.width, -1)
+    return torch.where(piece.mask_R1WW, bias_R11W, -torch.inf)
+
+
+def _grid(x_T: Tensor, piece: Piece) -> Tensor:
+    """(T, ...) to (rows, width, ...); 0 in cells of no token."""
+    cells = x_T
+    if piece.cell_T is not None:
+        cells = x_T.new_zeros(piece.rows * piece.width, *x_T.shape[1:])
+        cells = cells.index_copy(0, piece.cell_T, x_T)
+    return cells.view(piece.rows, piece.width, *x_T.shape[1:])
+
+
 def _attend_piece(
-    q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, piece: Piece, causal: bool
+    q_THC: Tensor,
+    k_TJC: Tensor,
+    v_TJC: Tensor,
+    piece: Piece,
+    mask_R1WW: Tensor | None,
+    causal: bool,
 ) -> Tensor:
-    def grid(x_TNC: Tensor) -> Tensor:
-        cells = x_TNC
-        if piece.cell_T is not None:
-            empty = x_TNC.new_zeros(piece.rows * piece.width, *x_TNC.shape[1:])
-            cells = empty.index_copy(0, piece.cell_T, x_TNC)
-        return cells.view(piece.rows, piece.width, *x_TNC.shape[1:]).transpose(1, 2)
 
     repeat = q_THC.size(1) // k_TJC.size(1)
     if q_THC.is_cuda and repeat > 1:  # CUDA's fp32 kernels know no grouped heads
         k_TJC, v_TJC = (x.repeat_interleave(repeat, 1) for x in (k_TJC, v_TJC))
         repeat = 1
-    mask = piece.mask_R1WW
-    q, k, v = grid(q_THC), grid(k_TJC), grid(v_TJC)
+    q, k, v = (_grid(x, piece).transpose(1, 2) for x in (q_THC, k_TJC, v_TJC))
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=repeat > 1
+        q, k, v, attn_mask=mask_R1WW, is_causal=causal and mask_R1WW is None, enable_gqa=repeat > 1
     )
     y_TNC = y.transpose(1, 2).reshape(-1, *q_THC.shape[1:])
     return y_TNC if piece.cell_T is None else y_TNC[piece.cell_T]

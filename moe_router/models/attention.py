@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
-from moe_router.models.attend import attend_by_size, attend_cached, attend_packed
+from moe_router.models.attend import attend_cached, attend_packed
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn, rotate
@@ -51,10 +51,8 @@ class Attention(nn.Module):
             project(x_TD).unflatten(-1, (-1, self.channels)) for project in (self.q, self.k, self.v)
         )
         q_THC, k_TJC = (rotate(x, turn).to(v_TJC.dtype) for x in (q, k))
-        if cache is None and size_T is not None:
-            y_THC = attend_by_size(q_THC, k_TJC, v_TJC, size_T, packing)
-        elif cache is None:
-            y_THC = attend_packed(q_THC, k_TJC, v_TJC, packing)
+        if cache is None:
+            y_THC = attend_packed(q_THC, k_TJC, v_TJC, packing, size_T)
         else:
             fresh = cache.bound == 0
             slot_T = cache.write(k_TJC, v_TJC, packing)

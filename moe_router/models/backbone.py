@@ -142,7 +142,7 @@ class Backbone(nn.Module):
             inside = context if passed.plan is None else context.within(passed.plan)
             layer_cache = None if cache is None else cache.layers[i]
             out = self._run(block, passed.stream, inside, layer_cache)
-            before, by_size = passed.stream.packing.lengths, passed.slot_T is not None
+            before = passed.stream.packing.lengths
             if out.merged is not None and out.stream is not None:
                 passed.merge(out.stream, out.merged)
             passed.stream = replace(passed.stream, x_TD=out.x_TD)
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
             if account is not None:
                 ran = before if out.kept is None else out.kept.lengths
                 fed = None if out.merged is None else out.merged.kept.lengths
-                account.block(i, ran, layer_cache, fed, by_size)
+                account.block(i, ran, layer_cache, fed)
             if self.config.routing is not None and out.routed is None:
                 _tell(i, passed, out, context)
             self._leave(str(i), passed, context)

@@ -12,7 +12,7 @@ from moe_router import Context, Ledger
 from moe_router.config import RoutingConfig
 from moe_router.errors import ConfigError
 from moe_router.layers.merge import Merge, kept_of, unmerge
-from moe_router.models.attend import attend_by_size, attend_packed
+from moe_router.models.attend import _more_channels, attend_packed
 from moe_router.models.packing import Packing
 from moe_router.types import Tokens
 
@@ -170,8 +170,18 @@ def test_what_cannot_be_is_refused(more, message):
         config(**more)
 
 
+def by_channels(q, k, v, size_T, packing):
+    """As on a kernel that takes no mask."""
+    return attend_packed(*_more_channels(q, k, v, size_T), packing)[..., : q.size(-1)]
+
+
+def by_mask(q, k, v, size_T, packing):
+    return attend_packed(q, k, v, packing, size_T)
+
+
+@pytest.mark.parametrize("attend", [by_channels, by_mask])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_token_of_size_s_is_seen_as_s_equal_ones(dtype):
+def test_a_token_of_size_s_is_seen_as_s_equal_ones(dtype, attend):
     generator = torch.Generator().manual_seed(0)
     lengths, heads, keys = [4, 1, 6], 4, 2
     T = sum(lengths)
@@ -181,7 +191,7 @@ def test_a_token_of_size_s_is_seen_as_s_equal_ones(dtype):
         for n in (heads, keys, keys)
     )
     packing = Packing(torch.tensor([0, 4, 5, 11]), torch.device("cpu"), causal=False)
-    ours = attend_by_size(q, k, v, size_T.float(), packing)
+    ours = attend(q, k, v, size_T.float(), packing)
     parts = []
     for a, b in ((0, 4), (4, 5), (5, 11)):
         copies = torch.arange(a, b).repeat_interleave(size_T[a:b])
