@@ -161,9 +161,17 @@ def tokenizer(
         typer.echo(f"{output}: {made:,} ids; train with --set data.tokenizer={output}")
 
 
+Links = Annotated[
+    bool, typer.Option("--links", help="Measure how tokens travel between two ranks here instead.")
+]
+
+
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(as_json: AsJson = False, links: Links = False) -> None:
     """What this machine has and lacks, each with the fix. Exit code 1 if training cannot start."""
+    if links:
+        _print_links(as_json)
+        return
     from moe_router.doctor import examine
     from moe_router.tables import doctor_table
 
@@ -174,6 +182,17 @@ def doctor(as_json: AsJson = False) -> None:
         Console().print(doctor_table(findings))
     if any(finding.status == "missing" for finding in findings):
         raise typer.Exit(1)
+
+
+def _print_links(as_json: bool) -> None:
+    from moe_router.dispatch.probe import probe
+    from moe_router.tables import links_table
+
+    link, probes = probe()
+    if as_json:
+        _print_json({"link": asdict(link), "probes": [asdict(found) for found in probes]})
+    else:
+        Console().print(links_table(link, probes))
 
 
 def _vocab(config: "Config") -> int:

@@ -38,7 +38,7 @@ __all__ = [
 # auto: Triton where it runs, torch elsewhere; reference: the specification, plain torch
 Kernels = Literal["auto", "triton", "reference"]
 # how tokens reach experts on other ranks: docs/dispatch.md
-Transport = Literal["all_to_all", "padded", "gather_scatter"]
+Transport = Literal["auto", "all_to_all", "padded", "gather_scatter"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +168,7 @@ class ClusterConfig:
     wait_s: float = 600.0  # for nodes that join the cluster at `address`; 0 refuses at once
     timeout_s: float = 120.0  # of a collective, and of an actor that does not answer
     max_recoveries: int = 10  # lost actors after which the run gives up
-    transport: Transport = "all_to_all"  # how tokens reach experts of other actors, in training
+    transport: Transport = "auto"  # how tokens reach experts of other actors, in training
     row_bound: float = 2.0  # rows of a static transport, as a multiple of the mean load
 
     def __post_init__(self) -> None:

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from moe_router.cost import Cost
 from moe_router.cost_parts import Part
+from moe_router.dispatch.link import Link
+from moe_router.dispatch.probe import Probe
 from moe_router.doctor import Finding, Status
 from moe_router.observability.records import EvalRecord
 
@@ -105,4 +107,27 @@ def eval_table(record: EvalRecord, title: str) -> Table:
         table.add_row("bits per byte", f"{record.bits_per_byte:.4f}", style="bold")
         table.add_row("unigram entropy, bits per byte", f"{record.unigram_bits_per_byte:.4f}")
         table.add_row("of the unigram entropy", f"{share:.3f}")
+    return table
+
+
+def links_table(link: Link, probes: Sequence[Probe]) -> Table:
+    """One row per problem and transport; the chooser's is marked."""
+    rates = ", ".join(f"{name} {short(rate, 'B/s')}" for name, rate in link.bytes_per_s.items())
+    table = Table(
+        title=f"{link.ranks} ranks on {link.device}: {rates}",
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        caption="microseconds of a dispatch and a combine of a rank's tokens, without experts; "
+        "the slowest rank counts; * is what cluster.transport: auto would take",
+        caption_justify="left",
+    )
+    for name in ("tokens", "transport", "predicted", "measured"):
+        table.add_column(name, justify="left" if name in ("tokens", "transport") else "right")
+    for found in probes:
+        for name, took in found.measured.items():
+            mark = " *" if name == found.chosen else ""
+            times = (f"{seconds * 1e6:,.0f}" for seconds in (found.predicted[name], took))
+            table.add_row(str(found.problem), name + mark, *times)
+        table.add_section()
     return table

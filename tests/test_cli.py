@@ -5,15 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from moe_router.cli import app
 from moe_router.config_file import config_to_dict, load_config
+from moe_router.dispatch.link import Link, Problem
+from moe_router.dispatch.probe import Probe
 from moe_router.observability.metrics import MetricsWriter
+from moe_router.tables import links_table
 from moe_router.training.loop import Trainer
 
 # torch says at each checkpoint of one rank that there is one rank
@@ -167,6 +172,31 @@ def test_doctor_exits_by_what_is_missing(run, monkeypatch):
     weak = doctor.Finding("CPU cores", "weak", "1", "more")
     monkeypatch.setattr(doctor, "CHECKS", (lambda: iter([weak]),))
     assert run("doctor").exit_code == 0
+
+
+def test_doctor_measures_links_between_real_ranks(run):
+    found = json.loads(run("doctor", "--links", "--json").stdout)
+    assert found["link"]["ranks"] == 2 and len(found["probes"]) == 3
+    for probe in found["probes"]:
+        names = {"all_to_all", "padded", "gather_scatter"}
+        assert set(probe["predicted"]) == set(probe["measured"]) == names
+        assert all(seconds > 0 for seconds in probe["measured"].values())
+        assert probe["predicted"][probe["chosen"]] == min(probe["predicted"].values())
+
+
+def test_links_are_a_table_with_the_choice_marked():
+    link = Link(2, "cpu", {"all_to_all": 3e8}, {"all_to_all": 1e-4})
+    problem = Problem(tokens=64, top_k=2, experts=8, ranks=2, dim=32, itemsize=4)
+    took = ({"all_to_all": 1e-3, "padded": 2.5e-3}, {"all_to_all": 2e-3, "padded": 3e-3})
+    console = Console(width=100, file=StringIO())
+    console.print(links_table(link, [Probe(problem, *took, "all_to_all")]))
+    shown = console.file.getvalue()
+    assert "2 ranks on cpu: all_to_all 300 MB/s" in shown
+    rows = [line.split() for line in shown.splitlines() if "64x32" in line]
+    assert [row[-4:] for row in rows] == [
+        ["all_to_all", "*", "1,000", "2,000"],
+        ["bit", "padded", "2,500", "3,000"],
+    ]
 
 
 def test_no_gpu_is_one_line(run, monkeypatch):

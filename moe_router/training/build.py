@@ -1,11 +1,12 @@
 """The model of one rank: its experts, and its copy or shard of the rest."""
 
 import os
+from pathlib import Path
 
 import torch
 
 from moe_router.config import Config
-from moe_router.dispatch import AllToAll, Bounded, Dispatcher, GatherScatter, Local, Padded
+from moe_router.dispatch import Dispatcher
 from moe_router.models import (
     CausalLM,
     Classifier,
@@ -16,6 +17,7 @@ from moe_router.models import (
 from moe_router.models.backbone import Running
 from moe_router.training.data import AnyDataset, ImageDataset
 from moe_router.training.parallel import shard_dense
+from moe_router.training.transport import training_dispatcher
 
 
 def repeat_bitwise(device: torch.device) -> None:
@@ -45,32 +47,23 @@ def new_model(config: Config, vocab: int, dispatcher: Dispatcher) -> CausalLM | 
             return ImageClassifier(model, config.data.image, classes, **running)
 
 
-def training_dispatcher(config: Config, ranks: int) -> Dispatcher:
-    """How the tokens of a training step reach the experts."""
-    if ranks == 1:
-        return Local()
-    exact = AllToAll()
-    rows = config.train.batch // config.train.accumulation // ranks
-    bounds = (rows * config.data.seq_len, config.cluster.row_bound)
-    match config.cluster.transport:
-        case "all_to_all":
-            return exact
-        case "padded":
-            return Bounded(Padded(*bounds), exact)
-        case "gather_scatter":
-            return Bounded(GatherScatter(*bounds), exact)
-
-
 def build_model(
-    config: Config, dataset: AnyDataset, *, ranks: int, device: torch.device
+    config: Config,
+    dataset: AnyDataset,
+    *,
+    ranks: int,
+    device: torch.device,
+    run_dir: Path | None = None,
 ) -> CausalLM | Classifier:
     """As initialised by the seed: ranks hold bit for bit the slices of the one-rank model.
 
     Args:
         dataset: that it is trained on.
         ranks: of the default process group, which must exist when there are several.
+        run_dir: remembers the measured link.
     """
-    model = new_model(config, dataset.vocab, training_dispatcher(config, ranks))
+    dispatcher = training_dispatcher(config, ranks, device, run_dir)
+    model = new_model(config, dataset.vocab, dispatcher)
     init_parameters(model, config.run.seed)
     if isinstance(model, ImageClassifier):
         assert isinstance(dataset, ImageDataset)

@@ -67,7 +67,9 @@ class Trainer:
         self._run_dir = run_dir
         repeat_bitwise(self.device)
         with peers_may_be_lost(f"rank {rank}, setting up"):
-            self.model = build_model(config, self.dataset, ranks=ranks, device=self.device)
+            self.model = build_model(
+                config, self.dataset, ranks=ranks, device=self.device, run_dir=run_dir
+            )
             self._writer = CheckpointWriter(rank, ranks, config)
         self._optimizer = make_optimizer(self.model, config.train)
         self._owned = Ownership.of(self.model)
