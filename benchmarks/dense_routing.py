@@ -13,17 +13,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.depth_measure import executed, milliseconds, training_mib
 from benchmarks.depth_tasks import TASKS, Bench, Setting, one_thread, quality, settings
 from benchmarks.results import Row, provenance, save
 from moe_router.config import DataConfig
 from moe_router.models import Classifier
-from moe_router.training.data import Batch, make_tokenizer, val_batches
+from moe_router.training.data import Batch, make_tokenizer
 from moe_router.training.loop import Trainer
 
-COUNTED = 512  # held-out sequences that FLOPs are taken over
 BATCHES = (16, 64, 256)  # sequences; the large batch is the one at which the dense model is fastest
 VOCAB = 4000  # of the tokenizer that is made of the training sentences
 
@@ -69,7 +66,7 @@ class Rows:
         if key not in self._trainers:
             setting, flops = self._settings[name], None
             if setting.equal_to is not None:
-                flops = executed(*self._model(setting.equal_to), self._counted()).mean
+                flops = executed(*self._model(setting.equal_to), self.bench.counted()).mean
             self._trainers[key] = self.bench.trained(setting, seed, flops)
         return self._trainers[key]
 
@@ -84,16 +81,9 @@ class Rows:
             self._qualities[key] = quality(self._trainer(name, seed))
         return self._qualities[key]
 
-    def _batch(self, rows: int) -> Batch:
-        batches = val_batches(self.bench.dataset, rows=rows, batch=rows, rank=0, ranks=1)
-        return next(batches).to(torch.device(self.bench.device))
-
-    def _counted(self) -> list[Batch]:
-        return [self._batch(COUNTED)]
-
     def _executed(self, setting: Setting) -> Row:
-        of = executed(*self._model(setting.name), self._counted())
-        full = executed(*self._model("dense"), self._counted()).dense
+        of = executed(*self._model(setting.name), self.bench.counted())
+        full = executed(*self._model("dense"), self.bench.counted()).dense
         return {
             "flops_p5_p50_p95": [round(x) for x in of.percentiles],
             "flops": round(of.mean),
@@ -105,7 +95,7 @@ class Rows:
     def _speed(self, setting: Setting) -> Row:
         models = {"ours": self._model(setting.name)[0], "dense": self._model("dense")[0]}
         out: Row = {}
-        for key, batch in (("one", self._batch(1)), ("large", self._large_batch())):
+        for key, batch in (("one", self.bench.batch(1)), ("large", self._large_batch())):
             took = milliseconds(models, batch, seconds=self.seconds)
             (ms, p90), (dense_ms, _) = took["ours"], took["dense"]
             B = batch.offsets_B1.numel() - 1
@@ -121,14 +111,14 @@ class Rows:
             dense = {"dense": self._model("dense")[0]}
             pace = {}
             for rows in BATCHES:
-                batch = self._batch(rows)
+                batch = self.bench.batch(rows)
                 ms, _ = milliseconds(dense, batch, seconds=self.seconds / 2)["dense"]
                 pace[(batch.offsets_B1.numel() - 1) / ms] = batch
             self._large = pace[max(pace)]
         return self._large
 
     def _memory(self, setting: Setting) -> Row:
-        batch = self._batch(64)
+        batch = self.bench.batch(64)
         (model, _), (dense, _) = self._model(setting.name), self._model("dense")
         parameters = dict(model.named_parameters())
         routers = [p.numel() for name, p in parameters.items() if "router" in name]

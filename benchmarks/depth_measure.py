@@ -54,10 +54,15 @@ def executed(model: Classifier, config: Config, batches: list[Batch]) -> Execute
     if config.model.routing is not None and counted != int(flops_T.sum()):
         raise AssertionError(f"the Ledger counts {counted}, tokens come to {int(flops_T.sum())}")
     router = by_op.get("router", (0, 0))[0] / flops_T.numel()
-    full = torch.cat([_flops_of_tokens(config, b.offsets_B1, []).cpu() for b in batches])
     p5, p50, p95 = torch.quantile(flops_T.double(), torch.tensor([0.05, 0.5, 0.95]).double())
-    mean, dense = float(flops_T.double().mean()), float(full.double().mean())
+    mean, dense = float(flops_T.double().mean()), dense_flops(config, batches)
     return Executed((float(p5), float(p50), float(p95)), mean + router, dense, router)
+
+
+def dense_flops(config: Config, batches: list[Batch]) -> float:
+    """Of the blocks, per token, if every token takes every block."""
+    each = [_flops_of_tokens(config, batch.offsets_B1, []) for batch in batches]
+    return float(torch.cat(each).double().mean())
 
 
 def _note(ran: list[Tensor]) -> Callable[[int, Choice, Plan], None]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.depth_measure import dense_flops
 from moe_router.config import Config, RoutingConfig
 from moe_router.config_file import load_config
-from moe_router.cost import cost
 from moe_router.training.checkpoint_files import latest_checkpoint
-from moe_router.training.data import AnyDataset, load_dataset
+from moe_router.training.data import AnyDataset, Batch, load_dataset, val_batches
 from moe_router.training.loop import Trainer
 
+COUNTED = 512  # held-out sequences that FLOPs are taken over
 SAVE_EVERY = 500  # steps: what an interrupted run loses
 
 
@@ -133,7 +134,16 @@ class Bench:
         config = replace(
             base, run=run, train=train, model=replace(base.model, routing=setting.routing)
         )
-        return config if flops is None else equal_flops(config, flops)
+        return config if flops is None else equal_flops(config, flops, self.counted())
+
+    def batch(self, rows: int) -> Batch:
+        """The first held-out sequences."""
+        batches = val_batches(self.dataset, rows=rows, batch=rows, rank=0, ranks=1)
+        return next(batches).to(torch.device(self.device))
+
+    def counted(self) -> list[Batch]:
+        """What FLOPs are taken over."""
+        return [self.batch(COUNTED)]
 
     def trained(self, setting: Setting, seed: int, flops: float | None = None) -> Trainer:
         """A trainer whose model has had its steps."""
@@ -163,15 +173,13 @@ class Bench:
         return f"{self.name}-{name.replace('/', '-')}-s{seed}"
 
 
-def block_flops(config: Config) -> int:
-    """Per token, of the blocks of a dense model: what the Ledger counts of it."""
-    parts = cost(config).parts
-    return sum(part.dense_flops for part in parts if part.layer.isdigit())
-
-
-def equal_flops(config: Config, flops: float) -> Config:
-    """A dense model of as many layers, narrower in dim and hidden alike, of as many FLOPs."""
+def equal_flops(config: Config, flops: float, batches: list[Batch]) -> Config:
+    """A dense model of as many layers, narrower in dim and hidden alike, that executes as many
+    FLOPs per token on these sequences."""
     model = config.model
+
+    def off(tried: Config) -> float:
+        return abs(dense_flops(tried, batches) / flops - 1)
 
     def narrow(dim: int, hidden: int) -> Config:
         return replace(config, model=replace(model, dim=dim, hidden=hidden, routing=None))
@@ -182,13 +190,9 @@ def equal_flops(config: Config, flops: float) -> Config:
         for hidden in range(dim, 4 * dim + 1, 8):
             proportion = hidden / dim / (model.hidden / model.dim)
             tried = narrow(dim, hidden)
-            if 0.75 <= proportion <= 1.33 and _off(tried, flops) < _off(best, flops):
+            if 0.75 <= proportion <= 1.33 and off(tried) < off(best):
                 best = tried
     return best
-
-
-def _off(config: Config, flops: float) -> float:
-    return abs(block_flops(config) / flops - 1)
 
 
 def quality(trainer: Trainer) -> float:

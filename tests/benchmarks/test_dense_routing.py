@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from benchmarks import dense_routing, dense_routing_table, depth_measure, depth_tasks, results
-from benchmarks.depth_tasks import Bench, block_flops, equal_flops, settings
+from benchmarks.depth_measure import dense_flops
+from benchmarks.depth_tasks import Bench, equal_flops, settings
+from moe_router.cost import cost
 from moe_router.training.data import val_batches
 from tests.training.data.images_work import write_idx
 
@@ -71,19 +73,23 @@ def test_flops_of_tokens_are_those_of_the_ledger_and_a_wrong_count_is_caught(fol
             trainer = bench.trained(replace(setting, steps=0), 0)
             measured = depth_measure.executed(trainer.model, trainer.config, [batch])
             assert 0.3 < measured.mean / measured.dense < 0.7
-            assert measured.dense == block_flops(trainer.config)
+            parts = cost(trainer.config).parts
+            blocks = [part for part in parts if part.layer.isdigit()]
+            assert measured.dense == sum(part.dense_flops for part in blocks)
             other = replace(trainer.config, model=replace(trainer.config.model, hidden=72))
             with pytest.raises(AssertionError, match="the Ledger counts"):
                 depth_measure.executed(trainer.model, other, [batch])
 
 
-def test_the_equal_model_executes_as_much():
-    base = depth_tasks.load_config("fashion")
-    whole = block_flops(base)
-    for share in (0.3, 0.5, 0.8):
-        equal = equal_flops(base, share * whole)
-        assert block_flops(equal) == pytest.approx(share * whole, rel=0.03)
-        assert equal.model.layers == base.model.layers and equal.model.routing is None
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_the_equal_model_executes_as_much(folder, share):
+    files = dense_routing.files_of("fashion", folder, folder / "runs")
+    bench = Bench("fashion", folder / "runs", files, "cpu")
+    base = bench.config(settings(bench.task)[0], 0)
+    whole = dense_flops(base, bench.counted())
+    equal = equal_flops(base, share * whole, bench.counted())
+    assert dense_flops(equal, bench.counted()) == pytest.approx(share * whole, rel=0.03)
+    assert equal.model.layers == base.model.layers and equal.model.routing is None
 
 
 def test_a_verdict_wants_three_seeds_and_a_pooled_std():
