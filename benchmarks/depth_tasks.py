@@ -96,6 +96,11 @@ def settings(task: Task) -> list[Setting]:
                 variants[f"{name}/frozen"] = replace(routing, frozen=True)
                 variants[f"{name}/position"] = replace(routing, router="position")
             rows += [Setting(n, kind, r, "dense", tune, rival) for n, r in variants.items()]
+        if kind == "merge":
+            tuned = RoutingConfig(kind=kind, keep=keeps[0], **task.blocks[kind])  # type: ignore[arg-type]
+            rows.append(
+                Setting(f"merge/{keeps[0]}/tuned", kind, tuned, "dense", task.tune, "dense/tuned")
+            )
         head, steps = f"{kind}/{keeps[0]}", task.steps + tune
         rows.append(Setting(f"{head}/equal", "dense", None, None, steps, rival, head))
     return rows

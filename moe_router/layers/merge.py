@@ -6,8 +6,9 @@ attends to a token of size s sees it as s equal ones. Nothing is learned. A matc
 sequence, so merging is not causal.
 
 Source: Bolya et al. 2022 (ToMe, arXiv:2210.09461), section 3; the first token of a sequence never
-merges, as their class token. Keys are compared as they are before they turn: the same content
-elsewhere is the same. A merged token keeps the place of the one that the others joined.
+merges, as their class token. Keys are compared as queries see them, turned by their place: two
+that are equal are equal to every query. A merged token keeps the place of the one that the others
+joined.
 """
 
 import math
@@ -79,7 +80,7 @@ class Merge(nn.Module):
 
         Args:
             tokens: the residual stream after attention.
-            key_TJC: of that attention, J heads, before they turn.
+            key_TJC: of that attention, J heads, as queries see them.
             lengths: of the sequences, on the host, so that nothing waits for the device.
         """
         key_TC = reference.wide(key_TJC.detach()).mean(1)

@@ -14,7 +14,7 @@ from moe_router.models.rope import Turn, rotate
 class Attended(NamedTuple):
     """Attributes:
     out_TD: what attention adds.
-    key_TJC: the keys before they turn, of J heads.
+    key_TJC: the keys of J heads, as queries see them.
     """
 
     out_TD: Tensor
@@ -61,4 +61,4 @@ class Attention(nn.Module):
                 if fresh
                 else attend_cached(q_THC, *cache.read(), slot_T, packing)
             )
-        return Attended(self.o(y_THC.flatten(1)), k)
+        return Attended(self.o(y_THC.flatten(1)), k_TJC)

@@ -55,7 +55,7 @@ def test_every_row_is_measured_saved_and_gone_on_with(folder, capsys):
     again = run(folder, "--only", "fashion/prune/0.6,fashion/merge/0.7*")
     assert again["fashion/prune/0.6"]["seeds"] == ours["seeds"]  # the same checkpoint
     assert again["fashion/merge/0.7"]["flops_speedup"] > 1.3
-    assert len(again) == len(names) + 4
+    assert len(again) == len(names) + 5
     assert {path.parent.name for path in (folder / "runs").glob("*/step_*")} >= {
         path.parent.name for path in before
     }

@@ -35,7 +35,7 @@ def classifier(kind="merge", moe="dense", **more):
 
 
 def attended(layer, x_SD, turn, size_S):
-    """What attention adds, by loops over heads, and the mean key of each token before it turns."""
+    """What attention adds, by loops over heads; the mean key of each token, as queries see it."""
     q, k, v = (f(x_SD).unflatten(-1, (-1, layer.channels)) for f in (layer.q, layer.k, layer.v))
     qs, ks = rotate(q, turn), rotate(k, turn)
     heads = []
@@ -43,7 +43,7 @@ def attended(layer, x_SD, turn, size_S):
         j = h // (q.size(1) // k.size(1))
         score_SS = qs[:, h] @ ks[:, j].T * layer.channels**-0.5 + size_S.log()
         heads.append(score_SS.softmax(-1) @ v[:, j])
-    return layer.o(torch.cat(heads, -1)), k.mean(1)
+    return layer.o(torch.cat(heads, -1)), ks.mean(1)
 
 
 def merged_logits(model, in_S):
