@@ -15,8 +15,9 @@ def run(name, device, dtype=torch.float32, training=True):
     routing, moe = VARIANTS[name]
     config = RoutingConfig(**routing)
     # heads of 8 channels, so that bf16 takes the packed kernel
-    model = small_model(moe, routing=config, layers=4, dim=32, std=4.0).train(training).to(device)
-    ids_T, position_T, offsets_B1 = packed([60, 1, 33, 128])
+    model = small_model(moe, routing=config, layers=4, dim=32, std=4.0, vocab=200)
+    model.train(training).to(device)
+    ids_T, position_T, offsets_B1 = packed([60, 1, 33, 128], vocab=200)
     ledger = Ledger()
     with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model(

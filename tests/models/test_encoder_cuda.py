@@ -5,13 +5,15 @@ import torch
 
 from moe_router.config import ModelConfig, MoEConfig, RoutingConfig
 from moe_router.models import TextClassifier, init_parameters
-from tests.models.helpers import VOCAB, packed
+from tests.models.helpers import packed
 
 pytestmark = pytest.mark.gpu
+VOCAB = 200  # long sequences, no id twice
 PRUNE = RoutingConfig(kind="prune", keep=0.5, every=1, first=0)
 VARIANTS = {
     "dense": {},
     "prune": {"routing": PRUNE},
+    "merge": {"routing": RoutingConfig(kind="merge", keep=0.6, every=1, first=0)},
     "prune_moe": {"routing": PRUNE, "moe": MoEConfig(experts=4, top_k=2, hidden=16)},
 }
 
@@ -27,7 +29,7 @@ def run(name, device, bf16=False):
             if parameter.dim() > 1:
                 parameter *= 4.0
     model.to(device)
-    ids_T, position_T, offsets_B1 = packed([60, 1, 33, 128])
+    ids_T, position_T, offsets_B1 = packed([60, 1, 33, 128], vocab=VOCAB)
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         output = model(ids_T.to(device), position_T.to(device), offsets_B1)
     (output.logits_BC.square().sum() + model.aux_loss(output)).backward()
