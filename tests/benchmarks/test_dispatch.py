@@ -1,0 +1,82 @@
+"""The dispatch benchmark in a tiny form, with real ranks over gloo: those of the other tests, which
+are there already. `moe-router doctor --links` is tested with ranks of its own."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import dispatch, dispatch_measure, results
+from tests.gloo import run_ranks
+
+NAMES = ("all_to_all", "padded", "gather_scatter")
+
+
+KINDS = ("uniform", "hot_rank", "ragged", "empty_rank")
+ONLY = ",".join(["dispatch/24x16/top2of8", "*/hot_rank", "*/ragged", "dispatch/*/empty_rank"])
+
+
+def measured(rank, ranks, name, args):
+    return getattr(dispatch_measure, name)(torch.device("cpu"), *args)
+
+
+def run_here(ranks, kind, function, *args):
+    assert kind == "cpu"
+    return run_ranks(ranks, measured, function.__name__, args)[0]
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(dispatch, "local_device", lambda ranks: "cpu")
+    monkeypatch.setattr(dispatch, "run_here", run_here)
+
+    def run(*arguments):
+        dispatch.main([*arguments, "--samples", "1", "--save"])
+        return {
+            row["name"]: row for row in json.loads((tmp_path / "results/dispatch.json").read_text())
+        }
+
+    return run
+
+
+def test_routings_have_rows_that_were_checked(saved):
+    rows = saved("--shape", "24,16,2,8", "--only", ONLY)
+    names = [dispatch.case_name("dispatch", (24, 16, 2, 8), kind) for kind in KINDS]
+    back = [dispatch.case_name("combine", (24, 16, 2, 8), kind) for kind in KINDS[1:3]]
+    assert set(rows) == {*names, *back}
+    for name, row in rows.items():
+        assert row["correct"] and row["value"] == row["p50"] <= row["p99"], name
+        assert row["transport"] == "all_to_all" and row["bytes_over_minimum"] == 1.0
+        assert set(row["transports"]) == {*NAMES, "plain all-to-all", row_of_the_floor(row)}
+        assert row["ratio"] == pytest.approx(row["peer_value"] / row["value"], abs=1e-3)
+        # 24 tokens of 64 bytes; no rank sends another one more
+        assert 0 < row["remote_bytes"] <= 24 * 16 * 4
+    assert rows["dispatch/24x16/top2of8/hot_rank"]["remote_bytes"] == 24 * 16 * 4
+
+
+def row_of_the_floor(row):
+    (name,) = (name for name in row["transports"] if name.startswith("bare"))
+    return name
+
+
+def test_weak_scaling_is_the_speed_of_one_rank_over_that_of_two(saved):
+    (row,) = saved("--layer", "32,16,8,4,2", "--only", "layer/*").values()
+    assert set(row["us"]) == {"alone", *NAMES} and row["shape"] == [32, 16, 8, 4, 2]
+    assert row["value"] == pytest.approx(row["us"]["alone"] / row["us"]["all_to_all"], abs=2e-3)
+
+
+def test_a_wrong_or_lost_row_has_no_time():
+    found = {"correct": True, "reason": "", "dispatch": [3.0, 1.0, 2.0], "combine": [1.0]}
+    lost = {"correct": False, "reason": "does not fit", "dispatch": [], "combine": []}
+    contenders = {"all_to_all": found, "padded": lost, "gather_scatter": lost, "plain": found}
+    said = {"contenders": contenders, "chosen": "padded", "remote_bytes": 1000}
+    said["copy_bytes_per_s"] = 1e9
+    row, _ = dispatch.case_rows((8, 4, 2, 4), "zipf", said, 2)
+    assert row["transport"] == "all_to_all" and (row["p50"], row["p99"]) == (2.0, 3.0)
+    assert row["transports"]["padded"] == {"p50": None, "p99": None, "reason": "does not fit"}
+    assert row["ceiling"] == 1.0 and row["remote_gb_s"] == 0.5 and row["of_copy"] == 0.5
+    nothing = said | {"contenders": contenders | {"all_to_all": lost}}
+    row, _ = dispatch.case_rows((8, 4, 2, 4), "zipf", nothing, 2)
+    assert row["value"] is None and row["ratio"] is None and not row["correct"]
+    assert dispatch_measure.ROUNDS >= 5
