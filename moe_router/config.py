@@ -45,6 +45,7 @@ Transport = Literal["auto", "all_to_all", "padded", "gather_scatter"]
 class RunConfig:
     name: str
     dir: str = "runs"  # a run is dir/name
+    storage: str | None = None  # of checkpoints: a folder, s3://... or gs://...; null: the run's
     seed: int = 0
     log_every: int = 1  # steps between rows of metrics.csv
     load_every: int = 10  # steps between rows of load.csv (rows per expert)

@@ -5,16 +5,11 @@ that other processes can call. It is a plain class, so it is tested without Ray.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from moe_router.config import Config
 from moe_router.errors import ClusterError, PeerLostError
@@ -23,19 +18,19 @@ from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.serving.decoder import Decoder
 from moe_router.serving.requests import Event, Work
 from moe_router.training.checkpoint_files import read_about
+from moe_router.training.checkpoint_store import open_store
 from moe_router.training.data import AnyDataset, load_dataset
 from moe_router.training.inference import load_for_inference
 from moe_router.training.loop import Trainer
-from moe_router.training.parallel import is_peer_loss
 from moe_router.training.share import agreed, facts
 from moe_router_cluster.gating_actor import Reporter
 from moe_router_cluster.journal import LOGS
-from moe_router_cluster.network import point_gloo_to
+from moe_router_cluster.member import Member
 
 _ray: Any = ray  # half of its functions have no types
 
 
-class ExpertShard:
+class ExpertShard(Member):
     """Args:
     config: of the run.
     run_dir: absolute path of the run's folder.
@@ -47,68 +42,14 @@ class ExpertShard:
         # nothing here may fail: Ray reports an error in a constructor as a lost actor
         self._config = config
         self._run_dir = Path(run_dir)
-        self._device = torch.device(device)
+        super().__init__(device)
         self._folder = folder
-        self._rank, self._ranks = 0, 1
-        self._generation = self._epoch = 0
-        self._store: TCPStore | None = None
+        self._epoch = 0
         self._dataset: AnyDataset | None = None
         self._trainer: Trainer | None = None
         self._reporter: Reporter | None = None
         self._decoder: Decoder | None = None
         self._facts: dict[str, Any] = {}
-
-    def ping(self) -> None:
-        """Answers while another call runs: the process lives and is not frozen."""
-
-    def home(self) -> tuple[str, int]:
-        """The node's id and the process id: what it takes to end a frozen process."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
-
-    def device_name(self) -> str:
-        """What it computes on: the GPU's name, or "cpu"."""
-        cuda = self._device.type == "cuda"
-        return torch.cuda.get_device_name(self._device) if cuda else self._device.type
-
-    def address(self, local: bool) -> str:
-        """Where other ranks reach this one; local: all ranks are on this machine."""
-        return "127.0.0.1" if local else str(_ray.util.get_node_ip_address())
-
-    def host(self, address: str) -> int:
-        """Open the store where the ranks of a new generation meet.
-
-        Returns:
-            The port, picked by the system.
-        """
-        self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        return int(self._store.port)
-
-    def join(
-        self, address: str, port: int, generation: int, rank: int, ranks: int, timeout_s: float
-    ) -> None:
-        """Form the process group of `generation` with the other ranks.
-
-        Raises:
-            PeerLostError: a rank did not come within timeout_s.
-        """
-        self.leave()
-        self._rank, self._ranks, self._generation = rank, ranks, generation
-        if ranks == 1:
-            return
-        cuda = self._device.type == "cuda"
-        point_gloo_to(address, port)
-        with self._peers_may_be_lost():
-            if rank != 0 or self._store is None:
-                self._store = TCPStore(address, port, is_master=False, wait_for_workers=False)
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                # a prefix per generation: a late rank of an old one finds nothing to join
-                store=PrefixStore(f"generation{generation}", self._store),
-                rank=rank,
-                world_size=ranks,
-                timeout=timedelta(seconds=timeout_s),
-                device_id=torch.device("cuda", 0) if cuda else None,
-            )
 
     def leave(self) -> None:
         """Finish what is being written; forget the trainer and the process group.
@@ -120,8 +61,7 @@ class ExpertShard:
         if trainer is not None:
             with suppress(PeerLostError):  # a checkpoint that ranks are missing from
                 trainer.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        super().leave()
 
     def restore(self, step_dir: str | None) -> int:
         """Make the trainer from a checkpoint, or from the seed where there is none.
@@ -142,7 +82,9 @@ class ExpertShard:
                 run_dir=self._run_dir,
             )
             if step_dir is not None:
-                self._trainer.restore(Path(step_dir))
+                store = open_store(self._config, self._run_dir, self._rank)
+                with store.local(step_dir) as folder:
+                    self._trainer.restore(folder)
             self._note("restored", checkpoint=step_dir)
             return self._trainer.step
 
@@ -214,23 +156,8 @@ class ExpertShard:
             raise ClusterError(f"rank {self._rank}: no trainer yet; call restore first")
         return self._trainer
 
-    @contextmanager
-    def _peers_may_be_lost(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise ClusterError(
-                f"rank {self._rank}: out of GPU memory; lower train.batch or data.seq_len, raise "
-                "train.accumulation, or set train.activation_checkpointing=true"
-            ) from error
-        except PeerLostError as error:
-            self._note("peer lost", reason=str(error))
-            raise
-        except RuntimeError as error:
-            if not is_peer_loss(error):
-                raise
-            self._note("peer lost", reason=str(error).splitlines()[0])
-            raise PeerLostError(f"rank {self._rank}: {str(error).splitlines()[0]}") from error
+    def on_loss(self, reason: str) -> None:
+        self._note("peer lost", reason=reason)
 
     def _note(self, event: str, **more: Fact) -> None:
         """In the log of a rank that trains."""

@@ -22,6 +22,7 @@ from moe_router.observability.trace import Recorder
 from moe_router.routing import Context
 from moe_router.tables import visible
 from moe_router.training.inference import load_for_inference
+from moe_router.training.remote import is_remote
 from moe_router_cluster.course import Progress
 from moe_router_cluster.progress import clock, short
 
@@ -181,7 +182,9 @@ def _losses(count: int) -> str:
     return f"{count} recover{'y' if count == 1 else 'ies'}" if count else "none lost"
 
 
-def near(path: Path) -> str:
+def near(place: Path | str) -> str:
     """As short as the reader can use it from here."""
-    here = Path.cwd()
+    if is_remote(str(place)):
+        return str(place)
+    path, here = Path(place), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -26,6 +26,7 @@ import moe_router_kernels
 from moe_router.config import Config
 from moe_router.config_file import config_to_dict
 from moe_router.errors import ClusterError, ConfigError
+from moe_router.training.remote import is_remote
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -159,11 +160,12 @@ def for_cluster(config: Config) -> Config:
     Raises:
         ConfigError: a relative path. A job's working folder goes when the job does.
     """
-    paths = {"run.dir": config.run.dir, "data.path": config.data.path}
+    paths = {"run.dir": config.run.dir, "run.storage": config.run.storage}
+    paths |= {"data.path": config.data.path, "data.val_path": config.data.val_path}
     if config.data.tokenizer != "bytes":
         paths["data.tokenizer"] = config.data.tokenizer
     for key, path in paths.items():
-        if path is not None and not PurePosixPath(path).is_absolute():
+        if path is not None and not (is_remote(path) or PurePosixPath(path).is_absolute()):
             raise ConfigError(
                 f"{key}={path}: relative, and the folder of a job goes with the job; want a path "
                 f"that every node of the cluster sees, such as --set {key}=/mnt/{path}"

@@ -15,22 +15,19 @@ from moe_router.config import Config
 from moe_router.config_file import config_from_dict, config_to_dict
 from moe_router.errors import ConfigError
 from moe_router.observability.files import explained, write_atomic
-from moe_router.training.checkpoint_files import latest_checkpoint
 
 # how a run is computed and how its sample is drawn may change; what it learns may not
-_FREE = ("cluster.", "serve.", "run.dir")
+_FREE = ("cluster.", "serve.", "run.dir", "run.storage")
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """Attributes:
     path: absolute.
-    checkpoint: the newest whole one, to go on from.
     finished: nothing is left to do.
     """
 
     path: Path
-    checkpoint: Path | None
     finished: bool
 
 
@@ -73,7 +70,7 @@ def _shown(value: Any) -> str:
 
 def _look(path: Path, wanted: dict[str, Any]) -> RunFolder:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return RunFolder(path, None, False)
+        return RunFolder(path, False)
     saved = path / "config.yaml"
     if not saved.is_file():
         raise ConfigError(
@@ -87,7 +84,7 @@ def _look(path: Path, wanted: dict[str, Any]) -> RunFolder:
             f"{path}: holds a run with another config ({'; '.join(changed)}); choose another "
             "run.name, or move the old run aside with --restart"
         )
-    return RunFolder(path, latest_checkpoint(path), (path / "summary.json").is_file())
+    return RunFolder(path, (path / "summary.json").is_file())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moe_router_cluster.calls import Waiting
 from moe_router_cluster.expert_shard import ExpertShardActor
 from moe_router_cluster.placing import place
 from moe_router_cluster.resources import Resources, actor_environment, pick_device
+from moe_router_cluster.shared_folder import require_shared
 
 _ray: Any = ray  # half of its functions have no types
 BIRTH_S = 180.0  # a busy machine takes long to import torch, and then no ping is answered
@@ -60,7 +61,7 @@ class ShardGroup:
         self._here = ray.get_runtime_context().get_node_id()
         self._local = config.cluster.address is None
 
-    def start(self, step_dir: Path | None, say: Callable[[str], None]) -> int:
+    def start(self, step_dir: Path | str | None, say: Callable[[str], None]) -> int:
         """Place the actors and form the first generation.
 
         Args:
@@ -77,7 +78,7 @@ class ShardGroup:
         self._homes = [None] * self.ranks
         return self.form(step_dir)
 
-    def form(self, step_dir: Path | None) -> int:
+    def form(self, step_dir: Path | str | None) -> int:
         """Form the next generation and bring every rank to `step_dir`, or to the seed's weights.
 
         Returns:
@@ -90,6 +91,9 @@ class ShardGroup:
         timeout_s = self._config.cluster.timeout_s
         births = dict(enumerate(self.submit("home")))
         self._homes = self._wait(births, silence_s=max(BIRTH_S, timeout_s))
+        nodes = [home[0] for home in self._homes if home is not None]
+        if self._bring == "restore":  # who serves writes nothing
+            require_shared(self._config, self._run_dir, [*nodes, self._here], self.ask)
         address = self.ask_first("address", self._local)
         port = self.ask_first("host", address)
         at = (address, port, self.generation)

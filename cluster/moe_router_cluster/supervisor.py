@@ -24,7 +24,7 @@ CHUNK_S = 0.5  # one call: long enough that calls cost nothing, short enough for
 class Group(Protocol):
     generation: int
 
-    def form(self, step_dir: Path | None) -> int: ...
+    def form(self, step_dir: Path | str | None) -> int: ...
     def submit(self, method: str, *args: Any) -> list[Any]: ...
     def gather(self, refs: list[Any]) -> list[Any]: ...
     def ask(self, method: str, *args: Any) -> list[Any]: ...
@@ -52,7 +52,7 @@ class Supervisor:
         interrupts: Interrupts,
         *,
         step: int,
-        latest: Callable[[], Path | None],
+        latest: Callable[[], Path | str | None],
         agree: Callable[[int], int] = lambda step: 0,
         kill: Kill | None = None,
         observers: Sequence[Observer] = (),

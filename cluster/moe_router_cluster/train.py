@@ -7,7 +7,6 @@ wrong with a config or a file is said within a second or two.
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from moe_router.config import Config
 from moe_router.errors import ClusterError
 from moe_router.observability.metrics import MetricsWriter
 from moe_router.observability.summary import quality_of, read_summary
-from moe_router.training.checkpoint_files import latest_checkpoint
+from moe_router.training.checkpoint_store import open_store
 from moe_router.training.data import AnyDataset, Dataset, load_dataset
 from moe_router_cluster.course import Observer, Progress
 from moe_router_cluster.faults import Kill
@@ -125,7 +124,8 @@ class _Run:
 
     def _drive(self, group: "ShardGroup", agreement: "Agreement", text: _Text) -> bool:
         path, actors = self.folder.path, self.config.cluster.actors
-        step = group.start(self.folder.checkpoint, self._say)
+        store = open_store(self.config, path)
+        step = group.start(store.latest(), self._say)
         self._say(
             f"{actors} actor{'s' * (actors > 1)} on {group.device}, ready after "
             f"{time.monotonic() - self.began:.1f} s"
@@ -134,13 +134,14 @@ class _Run:
         with suppress(ActorsLost):  # what an actor that dies now held is on disk
             group.ask("leave")
         group.close()
-        last = latest_checkpoint(path)
+        last = store.latest()
         if not ended or last is None:
             saved = "nothing was saved yet" if last is None else f"{near(last)} is written"
             self._say(f"stopped: {saved}; the same command goes on")
             return False
         device, began = group.device, self.began
-        finish(self.config, path, last, progress, self.console, began=began, device=device)
+        step_dir = store.bring(last, path)
+        finish(self.config, path, step_dir, progress, self.console, began=began, device=device)
         return True
 
     def _supervise(
@@ -161,7 +162,7 @@ class _Run:
                 view,
                 self.interrupts,
                 step=step,
-                latest=partial(latest_checkpoint, path),
+                latest=open_store(config, path).latest,
                 agree=agreement.agree,
                 kill=self.kill,
                 observers=(journal, self._meters(group, text)),

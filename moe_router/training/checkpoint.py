@@ -17,13 +17,8 @@ from torch import Tensor
 from moe_router.config import Config
 from moe_router.config_file import config_to_dict
 from moe_router.errors import CheckpointError
-from moe_router.training.checkpoint_files import (
-    fresh_folder,
-    latest_checkpoint,
-    prune,
-    publish,
-    read_about,
-)
+from moe_router.training.checkpoint_files import latest_checkpoint, read_about
+from moe_router.training.checkpoint_store import Store, open_store
 from moe_router.training.checkpoint_tensors import Snapshot, read_tensors
 from moe_router.training.peers import peers_may_be_lost
 
@@ -95,28 +90,31 @@ class CheckpointWriter:
 
     def _run(self, run_dir: Path, step: int, snapshot: Snapshot) -> None:
         try:
-            with peers_may_be_lost(f"rank {self.rank}, writing {run_dir}/step_{step}"):
-                self._write(run_dir, step, snapshot)
+            store = open_store(self._config, run_dir, self.rank)
+            with peers_may_be_lost(f"rank {self.rank}, writing {store.where(step)}"):
+                self._write(store, run_dir, step, snapshot)
         except Exception as error:  # whatever it is, `wait` raises it in the thread that trains
             self._error = error
 
-    def _write(self, run_dir: Path, step: int, snapshot: Snapshot) -> None:
-        final = run_dir / f"step_{step}"
-        partial = run_dir / f"step_{step}.tmp"
+    def _write(self, store: Store, run_dir: Path, step: int, snapshot: Snapshot) -> None:
         about = {"step": step, "ranks": self.ranks, "config": config_to_dict(self._config)}
         first = self.rank == 0
+
+        def send() -> None:
+            snapshot.write(store.partial(step))
+            store.sent(step)
+
         failed = (
-            self._together(lambda: fresh_folder(partial), first)
-            or self._together(lambda: snapshot.write(partial), True)
-            or self._together(lambda: publish(partial, final, about), first)
+            self._together(lambda: store.begin(step), True)
+            or self._together(send, True)
+            or self._together(lambda: store.publish(step, about), first)
         )
         if failed is not None:
             # all ranks have stopped writing; after a lost peer nobody knows, and it is left
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(self._explain(final, failed, self._total(snapshot.nbytes)))
+            store.discard(step)
+            raise CheckpointError(self._explain(store, run_dir, step, failed, snapshot.nbytes))
         if first:
-            prune(run_dir, self._config.train.keep_checkpoints)
+            store.prune(self._config.train.keep_checkpoints)
 
     def _together(self, work: Callable[[], None], mine: bool) -> str | None:
         """Work on some ranks, then agree on all.
@@ -149,13 +147,16 @@ class CheckpointWriter:
             dist.all_reduce(total, group=self._group)
         return int(total)
 
-    def _explain(self, final: Path, reason: str, wanted: int) -> str:
-        there = next(path for path in (final, *final.parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        last = latest_checkpoint(final.parent)
-        kept = "there is none before it" if last is None else f"{last.name} is kept"
+    def _explain(self, store: Store, run_dir: Path, step: int, reason: str, nbytes: int) -> str:
+        there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+        free, wanted = shutil.disk_usage(there).free, self._total(nbytes)
+        try:
+            last = store.latest()
+            kept = "there is none before it" if last is None else f"{Path(last).name} is kept"
+        except CheckpointError:
+            kept = "what was there before is kept"
         return (
-            f"{final}: not written: {reason}; wanted {wanted / 2**20:.1f} MiB, "
+            f"{store.where(step)}: not written: {reason}; wanted {wanted / 2**20:.1f} MiB, "
             f"{free / 2**20:.1f} MiB are free; {kept}: free some space or set run.dir to another "
             "disk, and run the same command"
         )

@@ -61,6 +61,16 @@ def sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
+def state_text(about: dict[str, Any], files: dict[str, int]) -> str:
+    """What state.json says.
+
+    Args:
+        about: step, ranks, config; see `read_about`.
+        files: name to bytes.
+    """
+    return json.dumps({"version": VERSION, **about, "files": files}, indent=1)
+
+
 def fresh_folder(path: Path) -> None:
     """An empty folder in the place of whatever an earlier try left there."""
     shutil.rmtree(path, ignore_errors=True)
@@ -73,8 +83,7 @@ def publish(partial: Path, final: Path, about: dict[str, Any]) -> None:
     Raises:
         OSError: the disk refused; what was at `final` is still there.
     """
-    about = {"version": VERSION, **about, "files": sizes(partial)}
-    (partial / STATE).write_text(json.dumps(about, indent=1))
+    (partial / STATE).write_text(state_text(about, sizes(partial)))
     _sync(partial / STATE)
     _sync(partial)
     aside = None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_router.errors import CheckpointError
-from moe_router.training import checkpoint
+from moe_router.training import checkpoint_store
 from moe_router.training.checkpoint import CheckpointWriter, read_checkpoint
 from moe_router.training.checkpoint_tensors import Snapshot
 from tests.gloo import run_ranks
@@ -69,7 +69,7 @@ def test_a_bug_of_ours_is_not_hidden(writer, tmp_path, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(checkpoint, "prune", fail)
+    monkeypatch.setattr(checkpoint_store, "prune", fail)
     writer.save(tmp_path, 1, STATE, wait=False)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         writer.wait()

@@ -67,6 +67,12 @@ def save_at(rank, ranks, config, folder, at, steps):
     return saved, copies(trainer)
 
 
+def save_at_a_server(rank, ranks, environment, *args):
+    """`save_at` by a process that may be older than the server."""
+    os.environ.update(environment)
+    return save_at(rank, ranks, *args)
+
+
 def restored(rank, ranks, config, step_dir, steps):
     """A fresh trainer from a checkpoint: its state, then `steps` steps, then its state."""
     trainer = Trainer(config, rank=rank, ranks=ranks)
