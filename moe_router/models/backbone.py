@@ -32,7 +32,7 @@ class Passed:
 
     Attributes:
         stream: the tokens that took the last block.
-        plan: their rows by token; None where no token ever leaves.
+        plan: their rows by token; None where no token ever leaves, or nobody observes.
         slot_T: int64, the row of the token that each one merged into; None without merging.
         routed: what each block's experts did; None for a dense block.
         depth: the losses of each router in depth, unscaled; this rank's share.
@@ -48,15 +48,19 @@ class Passed:
 
     def merge(self, slots: Stream, merged: Merged) -> None:
         """Tokens merged inside a block."""
-        assert self.plan is not None
-        self.stream, self.plan = slots, chain(self.plan, merged.kept.plan)
+        self.stream = slots
+        self._follow(merged.kept)
         slot_T = merged.slot_T
         self.slot_T = slot_T if self.slot_T is None else slot_T[self.slot_T]
 
     def go_on(self, kept: Kept) -> None:
         """Only the kept tokens take the next block."""
-        assert self.plan is not None
-        self.stream, self.plan = self.stream.take(kept), chain(self.plan, kept.plan)
+        self.stream = self.stream.take(kept)
+        self._follow(kept)
+
+    def _follow(self, kept: Kept) -> None:
+        if self.plan is not None:
+            self.plan = chain(self.plan, kept.plan)
 
 
 class Output(Protocol):
@@ -134,7 +138,7 @@ class Backbone(nn.Module):
             here = (packing.lengths, position_T)
             account = Account(self.config, context.ledger, *here, causal=causal)
         routing = self.config.routing
-        if self.halts or self.prunes or (routing is not None and routing.kind == "merge"):
+        if context.observe is not None and routing is not None and routing.kind != "skip":
             passed.plan = every_token(packing.lengths, input_T.device)
         if self.halts:
             passed.halted = begin(passed.stream.x_TD, packing.lengths)
