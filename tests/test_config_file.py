@@ -152,7 +152,7 @@ def test_finds_shipped_configs_by_name(tmp_path, monkeypatch):
     [
         ("quickstrat", ": no such file; did you mean quickstart?"),
         ("other/quickstart.yaml", ": no such file; did you mean quickstart?"),
-        ("zzz", ": no such file; want a YAML file or one of: enwik8, quickstart, shakespeare"),
+        ("zzz", ": no such file; want a YAML file or one of: demo, enwik8, "),
         ("/", ": is a folder; want a YAML file or one of"),
     ],
 )

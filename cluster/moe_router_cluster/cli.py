@@ -127,5 +127,40 @@ def serve(
             typer.echo("ended")
 
 
+@app.command()
+def demo(
+    run: Annotated[
+        Path | None, typer.Argument(help="default: configs/demo.yaml, trained the first time")
+    ] = None,
+    port: Annotated[int, typer.Option(help="of HTTP", min=1, max=65535)] = 8000,
+    chaos: Annotated[
+        bool, typer.Option("--chaos", help="buttons that kill shards while the text goes on")
+    ] = False,
+    browser: Annotated[bool, typer.Option(help="open the page")] = True,
+    set_: Set = None,
+) -> None:
+    """A page that shows, token by token, which blocks and experts compute a text."""
+    with one_line_errors():
+        import webbrowser
+
+        from moe_router.config_file import load_config
+        from moe_router_cluster.serve import serve as answer
+        from moe_router_cluster.serve_plan import ServeArguments
+        from moe_router_cluster.train import train as train_run
+
+        try:
+            if run is None:
+                config = load_config("demo", set_ or ())
+                if not train_run(config, Console()):
+                    raise typer.Exit(INTERRUPTED)
+                run, set_ = Path(config.run.dir) / config.run.name, None
+            arguments = ServeArguments(
+                run=str(run), set=tuple(set_ or ()), grpc_port=0, page=True, chaos=chaos
+            )
+            answer(arguments, port, Console(), webbrowser.open if browser else None)
+        except KeyboardInterrupt:
+            typer.echo("ended")
+
+
 if __name__ == "__main__":
     app()

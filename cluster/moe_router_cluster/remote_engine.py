@@ -1,4 +1,4 @@
-"""An engine in another process, as the fronts see it: `moe_router.serving.service.Service`."""
+"""An engine in another process, as the fronts see it: `moe_router.serving.service.Watched`."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -7,7 +7,7 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 
 from moe_router.errors import ClusterError, MoeRouterError
-from moe_router.serving.requests import Ask, Health, Piece
+from moe_router.serving.requests import Ask, Facts, Health, Piece
 
 _HEALTH_S = 5.0  # a replica that is being made does not answer
 
@@ -42,6 +42,18 @@ class RemoteEngine:
         finally:
             if not ended:  # whoever asked is gone, so the ranks must not go on
                 pieces.cancel()
+
+    async def facts(self) -> Facts:
+        found: Facts = await self._handle.facts.remote()
+        return found
+
+    async def kill(self, rank: int) -> None:
+        try:
+            await self._handle.kill.remote(rank)
+        except RayTaskError as error:
+            if isinstance(error.cause, MoeRouterError):
+                raise error.cause from None
+            raise
 
     async def health(self) -> Health:
         try:

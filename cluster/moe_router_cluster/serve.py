@@ -4,6 +4,7 @@ import logging
 import re
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -20,11 +21,17 @@ _START_S = 600.0  # placing actors, importing torch, reading a checkpoint
 _OURS = re.compile(r"^(?:.*\s)?moe_router\.errors\.\w+: (.+)$", re.MULTILINE)
 
 
-def serve(arguments: ServeArguments, port: int, console: Console) -> None:
+def serve(
+    arguments: ServeArguments,
+    port: int,
+    console: Console,
+    ready: Callable[[str], object] | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
         port: of HTTP.
+        ready: called with the address, http://HOST:PORT, once it answers.
 
     Raises:
         MoeRouterError: one line for the user.
@@ -49,6 +56,8 @@ def serve(arguments: ServeArguments, port: int, console: Console) -> None:
         try:
             grpc_port = _deploy(plan, port)
             _greet(plan, port, grpc_port, console)
+            if ready is not None:
+                ready(_address(plan, port))
             threading.Event().wait()
         finally:
             _serve.shutdown()
@@ -97,17 +106,26 @@ def _reason(status: Any, error: Exception) -> str:
 
 
 def _greet(plan: ServePlan, port: int, grpc_port: int, console: Console) -> None:
-    host = f"[{plan.host}]" if ":" in plan.host else plan.host
+    address = _address(plan, port)
     key = ' -H "Authorization: Bearer $MOE_ROUTER_TOKEN"' if plan.token else ""
     lines = [
-        f"HTTP  http://{host}:{port}/v1/completions",
-        f"gRPC  {host}:{grpc_port} moe_router.v1.Generation, moe_router.v1.Router",
-        f"curl -N http://{host}:{port}/v1/completions -H 'Content-Type: application/json'{key} "
+        *([f"page  {address}"] if plan.page else []),
+        f"HTTP  {address}/v1/completions",
+        f"gRPC  {_host(plan)}:{grpc_port} moe_router.v1.Generation, moe_router.v1.Router",
+        f"curl -N {address}/v1/completions -H 'Content-Type: application/json'{key} "
         """-d '{"prompt": "The ", "max_tokens": 60, "stream": true}'""",
         "Ctrl-C ends it",
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _host(plan: ServePlan) -> str:
+    return f"[{plan.host}]" if ":" in plan.host else plan.host
+
+
+def _address(plan: ServePlan, port: int) -> str:
+    return f"http://{_host(plan)}:{port}"
 
 
 def _require_free(host: str, port: int, option: str) -> None:

@@ -11,14 +11,17 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from moe_router.config import Config
 from moe_router.errors import ClusterError
 from moe_router.gating import GatingService
+from moe_router.placement import Placement
+from moe_router.serving.demo import add_page
 from moe_router.serving.engine import Engine
 from moe_router.serving.grpc_generation import generation_adder
 from moe_router.serving.grpc_router import Gating, InProcess, router_adder
 from moe_router.serving.grpc_server import serve_grpc
 from moe_router.serving.openai import make_app
-from moe_router.serving.requests import Ask, Health, Piece
+from moe_router.serving.requests import Ask, Facts, Health, Piece
 from moe_router.training.data import load_tokenizer
 from moe_router_cluster.gating_actor import RayGating, find_gating
 from moe_router_cluster.remote_engine import RemoteEngine
@@ -43,6 +46,7 @@ class EngineReplica:
         except BaseException:
             self._group.close()
             raise
+        self._facts = facts_of(plan.config, plan.model)
         self._engine = Engine(self._group, tokenizer, plan.model, plan.config.serve)
         await self._engine.__aenter__()
 
@@ -52,6 +56,12 @@ class EngineReplica:
 
     async def health(self) -> Health:
         return await self._engine.health()
+
+    async def facts(self) -> Facts:
+        return self._facts
+
+    async def kill(self, rank: int) -> None:
+        await self._group.kill(rank)
 
     async def routers(self) -> dict[str, Any]:
         return await asyncio.to_thread(self._group.routers)
@@ -72,12 +82,15 @@ class HttpFront:
     grpc: of the GrpcFront, named here so that Serve starts it too.
     """
 
-    def __init__(self, engine: Any, grpc: Any, model: str, token: str | None) -> None:
-        self._engine, self._grpc = RemoteEngine(engine, model), grpc
-        self._token = token
+    def __init__(self, engine: Any, grpc: Any, plan: ServePlan) -> None:
+        self._engine, self._grpc = RemoteEngine(engine, plan.model), grpc
+        self._plan = plan
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self._engine, self._token)
+        app = make_app(self._engine, self._plan.token)
+        if self._plan.page:
+            add_page(app, self._engine, chaos=self._plan.chaos)
+        return app
 
     async def grpc_port(self) -> int:
         return int(await self._grpc.port.remote())
@@ -101,6 +114,21 @@ class GrpcFront:
     async def __del__(self) -> None:
         if hasattr(self, "_server"):
             await self._server.stop(1.0)
+
+
+def facts_of(config: Config, name: str) -> Facts:
+    """What the page shows of a model, by its config."""
+    model, ranks = config.model, config.cluster.actors
+    moe, depth = model.moe, model.routing
+    experts = [moe.experts if moe and model.is_moe(i) else 0 for i in range(model.layers)]
+    homes: list[tuple[int, ...]] = []
+    if moe is not None:
+        held = Placement.contiguous(moe.experts, ranks).experts_of_rank
+        homes = [
+            tuple(rank for rank, of in enumerate(held) if expert in of)
+            for expert in range(moe.experts)
+        ]
+    return Facts(name, tuple(experts), tuple(homes), ranks, depth.kind if depth else "")
 
 
 async def _gating(engine: Any, run: str) -> Gating:
@@ -136,7 +164,7 @@ def application(plan: ServePlan) -> Any:
     grpc = _serve.deployment(GrpcFront, **common)
     http = _serve.deployment(_serve.ingress()(HttpFront), **common)
     bound = engine.bind(plan)
-    return http.bind(bound, grpc.bind(bound, plan), plan.model, plan.token)
+    return http.bind(bound, grpc.bind(bound, plan), plan)
 
 
 def build(args: dict[str, Any]) -> Any:

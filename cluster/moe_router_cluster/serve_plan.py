@@ -32,6 +32,8 @@ class ServeArguments:
         host: where the gRPC server listens; anything but loopback needs a token.
         grpc_port: 0 lets the system choose.
         token_file: holds the bearer token; None reads MOE_ROUTER_TOKEN.
+        page: a page for people at /.
+        chaos: whoever sees it may kill shards; on loopback alone.
     """
 
     run: str
@@ -40,6 +42,8 @@ class ServeArguments:
     host: str = "127.0.0.1"
     grpc_port: int = 8001
     token_file: str | None = None
+    page: bool = False
+    chaos: bool = False
 
     @classmethod
     def of(cls, args: dict[str, Any]) -> "ServeArguments":
@@ -65,6 +69,8 @@ class ServePlan:
     host: str
     grpc_port: int
     token: str | None = field(repr=False)
+    page: bool = False
+    chaos: bool = False
 
     @property
     def model(self) -> str:
@@ -87,6 +93,8 @@ def make_plan(arguments: ServeArguments) -> ServePlan:
             arguments.host,
             f"a token where others can connect: --token-file, or {TOKEN_VARIABLE}",
         )
+    local = is_loopback(arguments.host) or not arguments.chaos
+    require(local, "chaos", f"host {arguments.host}", "a loopback host: the page can kill shards")
     step_dir = find_run(Path(arguments.run)).step.absolute()
     config = _serving_config(step_dir, arguments)
     with torch.device("meta"):  # shapes alone
@@ -98,6 +106,8 @@ def make_plan(arguments: ServeArguments) -> ServePlan:
         host=arguments.host,
         grpc_port=arguments.grpc_port,
         token=token,
+        page=arguments.page,
+        chaos=arguments.chaos,
     )
 
 

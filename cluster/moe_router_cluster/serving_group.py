@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_router.config import Config
+from moe_router.config import Config, require
 from moe_router.errors import ClusterError, PeerLostError
 from moe_router.serving.requests import Event, Work
 from moe_router_cluster.lost import ActorsLost
@@ -47,6 +47,11 @@ class ServingGroup:
             ClusterError: more losses in an hour than cluster.max_recoveries.
         """
         await asyncio.to_thread(self._recover, lost)
+
+    async def kill(self, rank: int) -> None:
+        """SIGKILL a rank, to see what happens. Raises ConfigError: there is none of that number."""
+        require(0 <= rank < self.ranks, "rank", rank, f"0..{self.ranks - 1}")
+        await asyncio.to_thread(self._group.kill, rank)
 
     def routers(self) -> dict[str, Any]:
         """See `ExpertShard.routers`."""

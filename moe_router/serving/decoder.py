@@ -16,7 +16,8 @@ from torch import Tensor
 from moe_router.models import CausalLM, KVCache, Sampling
 from moe_router.models.generate import require_causal
 from moe_router.models.sampling import sample, sampling_noise
-from moe_router.serving.requests import Event, Request, Work
+from moe_router.serving.requests import Event, Request, Trace, Work
+from moe_router.serving.tracing import Tracer
 
 _HOST = torch.device("cpu")
 
@@ -74,18 +75,23 @@ class Decoder:
         if work.admit:
             self._rows += [_Row.of(request) for request in work.admit]
             self._cache.join(len(work.admit))
-        token_B = self._choose(self._forward())
-        events = [self._advance(row, t) for row, t in zip(self._rows, token_B, strict=True)]
+        bounds = [0, *accumulate(len(row.feed) for row in self._rows)]
+        watched = any(row.request.trace for row in self._rows)
+        tracer = Tracer(len(self._model.blocks)) if watched else None
+        token_B = self._choose(self._forward(bounds, tracer))
+        traces = [None] * len(self._rows) if tracer is None else tracer.traces(bounds)
+        events = [
+            self._advance(row, token, trace if row.request.trace else None)
+            for row, token, trace in zip(self._rows, token_B, traces, strict=True)
+        ]
         going = [i for i, event in enumerate(events) if not event.finish]
         if len(going) < len(events):
             self._keep(going)
         return events
 
-    def _forward(self) -> Tensor:
+    def _forward(self, bounds: list[int], tracer: Tracer | None) -> Tensor:
         """(B, V) fp32 logits after what each sequence was fed."""
-        offsets_B1 = torch.tensor(
-            [0, *accumulate(len(row.feed) for row in self._rows)], dtype=torch.int32
-        )
+        offsets_B1 = torch.tensor(bounds, dtype=torch.int32)
         ids = [token for row in self._rows for token in row.feed]
         position = [row.held + n for row in self._rows for n in range(len(row.feed))]
         logits_TV: Tensor = self._model(
@@ -93,6 +99,7 @@ class Decoder:
             torch.tensor(position, dtype=torch.int32).to(self._device),
             offsets_B1,
             cache=self._cache,
+            context=None if tracer is None else tracer.context,
         ).logits_TV
         return logits_TV[offsets_B1[1:].long().to(self._device) - 1]
 
@@ -115,14 +122,14 @@ class Decoder:
         tokens: list[int] = sample(logits_BV[row_B], uniform_B.to(self._device), sampling).tolist()
         return tokens
 
-    def _advance(self, row: _Row, token: int) -> Event:
+    def _advance(self, row: _Row, token: int, trace: Trace | None) -> Event:
         row.held += len(row.feed)
         row.feed = [token]
         if token == self._stop_id:
-            return Event(row.request.id, None, "stop")
+            return Event(row.request.id, None, "stop", trace)
         row.made += 1
         full = row.made == row.request.sampling.max_new_tokens
-        return Event(row.request.id, token, "length" if full else "")
+        return Event(row.request.id, token, "length" if full else "", trace)
 
     def _keep(self, going: list[int]) -> None:
         self._rows = [self._rows[i] for i in going]

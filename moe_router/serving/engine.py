@@ -46,7 +46,7 @@ class _Open:
             text = self.text.end()
         tokens = () if event.token is None else (event.token,)
         self.inbox.put_nowait(
-            Piece(self.index, text, tokens, finish, self.prompt_tokens, self.made)
+            Piece(self.index, text, tokens, finish, self.prompt_tokens, self.made, event.trace)
         )
         return finish
 
@@ -156,7 +156,10 @@ class Engine:
         ]
         check_prompts(prompts, self._tokenizer.vocab)
         first, self._next_id = self._next_id, self._next_id + len(prompts)
-        return [Request(first + i, prompt, self._sampling(ask)) for i, prompt in enumerate(prompts)]
+        return [
+            Request(first + i, prompt, self._sampling(ask), trace=ask.trace)
+            for i, prompt in enumerate(prompts)
+        ]
 
     def _sampling(self, ask: Ask) -> Sampling:
         ours = self._defaults

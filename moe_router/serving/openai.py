@@ -68,7 +68,7 @@ class _Front:
         return JSONResponse({"object": "list", "data": [model | {"owned_by": "moe-router"}]})
 
     async def completions(self, request: Request) -> Response:
-        asked = CompletionRequest.read(await _body(request))
+        asked = CompletionRequest.read(await read_body(request))
         model = self._service.model
         if asked.model is not None and asked.model != model:
             body = error_body(
@@ -108,26 +108,27 @@ class _Front:
         last: dict[int, Piece] = {}
         async with aclosing(pieces):
             try:
-                async for piece in _chain(first, pieces):
+                async for piece in chain(first, pieces):
                     last[piece.index] = piece
                     if piece.text or piece.finish:
                         told = choice(piece.index, piece.text, piece.finish)
                         yield _event(completion(id_, model, [told], **more))
             except Exception as error:
-                yield _event(_as_json(error)[1])  # the status has gone out; no [DONE] follows
+                yield answer_as_event(error)  # the status has gone out; no [DONE] follows
                 return
         if with_usage:
             yield _event(completion(id_, model, [], usage=usage(list(last.values()))))
         yield "data: [DONE]\n\n"
 
 
-async def _chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
     yield first
     async for piece in rest:
         yield piece
 
 
-async def _body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
+    """Raises HTTPException: it is no JSON by its header, or too long."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind.lower() != "application/json":  # a form of some web page needs no permission to post
         raise HTTPException(415, f"Content-Type {kind or 'missing'}: want application/json")
@@ -181,6 +182,10 @@ def _as_json(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             return error.status_code, error_body(str(error.detail), kind), dict(error.headers or {})
     _log.error("a request failed", exc_info=error)
     return 500, error_body("internal error; the server's log has it", "server_error"), {}
+
+
+def answer_as_event(error: Exception) -> str:
+    return _event(_as_json(error)[1])
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -6,6 +6,9 @@ from typing import Literal
 from moe_router.models import Sampling
 
 Finish = Literal["", "stop", "length"]
+Path = tuple[tuple[int, ...] | None, ...]
+"""What computed one token: by block its experts, () where the block is dense, None where the token
+passed it by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +19,7 @@ class Ask:
         prompts: texts or token ids; each is continued by itself.
         seed: None draws one, so that equal prompts get different texts.
         stop: texts that end a completion and are not part of it.
+        trace: say what computed each token; costs a wait for the device in every pass.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -25,6 +29,22 @@ class Ask:
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one pass did for one sequence.
+
+    Attributes:
+        paths: of the tokens that were read: the whole prompt first, then the token made before.
+        executed, dense: FLOPs of the rank's pass, and of one in which every token takes every
+            block and expert; all sequences of the rank together.
+    """
+
+    paths: tuple[Path, ...]
+    executed: int
+    dense: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +58,7 @@ class Piece:
         finish: empty until the last piece of a prompt.
         prompt_tokens: of the prompt, its separator among them.
         made: tokens of this prompt's answer so far.
+        trace: if it was asked for.
     """
 
     index: int
@@ -46,6 +67,7 @@ class Piece:
     finish: Finish
     prompt_tokens: int
     made: int
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +79,23 @@ class Health:
     ok: bool
     reason: str
     model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the page shows of a served model.
+
+    Attributes:
+        experts: by block, how many; 0 where it is dense.
+        homes: by expert, the ranks that hold a copy.
+        routing: how blocks are routed in depth, or nothing.
+    """
+
+    model: str
+    experts: tuple[int, ...]
+    homes: tuple[tuple[int, ...], ...]
+    ranks: int
+    routing: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +112,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     made: tuple[int, ...] = ()
+    trace: bool = False
 
     @property
     def cost(self) -> int:
@@ -105,3 +145,4 @@ class Event:
     id: int
     token: int | None
     finish: Finish
+    trace: Trace | None = None

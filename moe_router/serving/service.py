@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from moe_router.serving.requests import Ask, Health, Piece
+from moe_router.serving.requests import Ask, Facts, Health, Piece
 
 
 class Service(Protocol):
@@ -18,3 +18,13 @@ class Service(Protocol):
         ...
 
     async def health(self) -> Health: ...
+
+
+class Watched(Service, Protocol):
+    """A service that a page may look into."""
+
+    async def facts(self) -> Facts: ...
+
+    async def kill(self, rank: int) -> None:
+        """SIGKILL the process of a rank. Raises ConfigError: there is no such rank."""
+        ...

@@ -32,10 +32,10 @@ KEY = {"Authorization": "Bearer secret"}
 GRPC_KEY = (("authorization", "Bearer secret"),)
 
 
-def start(arguments, folder, **more):
+def start(arguments, folder, command="serve", **more):
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [sys.executable, "-m", "moe_router_cluster.cli", "serve", *arguments],
+        [sys.executable, "-m", "moe_router_cluster.cli", command, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

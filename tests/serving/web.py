@@ -8,11 +8,13 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from moe_router.config import ServeConfig
+from moe_router.config import ServeConfig, require
 from moe_router.errors import PeerLostError
+from moe_router.serving.demo import add_page
 from moe_router.serving.engine import Engine
 from moe_router.serving.group import OneRank
 from moe_router.serving.openai import make_app
+from moe_router.serving.requests import Facts
 from moe_router.serving.scheduler import Limits
 from tests.serving.work import TOKENIZER, byte_model
 
@@ -34,17 +36,31 @@ class Counting(OneRank):
         return await super().step(work)
 
 
+class WatchedEngine(Engine):
+    """The engine, as a page may look into it."""
+
+    async def facts(self):
+        experts = tuple(block.moe.config.experts if block.moe else 0 for block in MODEL.blocks)
+        homes = tuple((0,) for _ in range(experts[0]))
+        return Facts(self.model, experts, homes, 1, "")
+
+    async def kill(self, rank):
+        require(rank == 0, "rank", rank, "0")
+        self._group.lost = True
+
+
 @contextmanager
-def served(token=None, **limits):
+def served(token=None, page=False, chaos=False, **limits):
     """The port of a server in a thread, and its group."""
     group, ready, ports = Counting(), threading.Event(), []
 
     async def run():
         defaults = ServeConfig(max_new_tokens=6)
-        async with Engine(group, TOKENIZER, "tiny", defaults, Limits(**limits)) as engine:
-            config = uvicorn.Config(
-                make_app(engine, token), port=0, log_level="critical", lifespan="off", ws="none"
-            )
+        async with WatchedEngine(group, TOKENIZER, "tiny", defaults, Limits(**limits)) as engine:
+            app = make_app(engine, token)
+            if page:
+                add_page(app, engine, chaos=chaos)
+            config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", ws="none")
             server = uvicorn.Server(config)
             task = asyncio.ensure_future(server.serve())
             while not server.started:
