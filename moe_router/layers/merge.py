@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moe_router.config import RoutingConfig
 from moe_router.routing import Context
-from moe_router.routing.depth import Kept, keep_counted
+from moe_router.routing.depth import Kept, flops_of, keep_counted
 from moe_router.routing.plan import plan_from_ids
 from moe_router.routing.score import make_score
 from moe_router.types import Plan, Tokens
@@ -83,14 +83,17 @@ class Merge(nn.Module):
             key_TJC: of that attention, J heads, as queries see them.
             lengths: of the sequences, on the host, so that nothing waits for the device.
         """
-        key_TC = reference.wide(key_TJC.detach()).mean(1)
-        if self.router is not None:
-            key_TC = self.router(reference.wide(tokens.x_TD.detach()), tokens.position_T)
         recomputing = context.recomputing
-        merged = context.recall("merged", lambda: self._merged(key_TC, tokens.offsets_B1, lengths))
+        with torch.autocast(key_TJC.device.type, enabled=False):  # fp32, as every router
+            key_TC = reference.wide(key_TJC.detach()).mean(1)
+            if self.router is not None:
+                key_TC = self.router(reference.wide(tokens.x_TD.detach()), tokens.position_T)
+            bounds = tokens.offsets_B1
+            merged = context.recall("merged", lambda: self._merged(key_TC, bounds, lengths))
         if context.ledger is not None and not recomputing:
             pairs = sum((n + 1) // 2 * (n // 2) for n in lengths)
-            context.ledger.add("router", 2 * key_TC.size(1) * pairs, 0)
+            score = flops_of(self, sum(lengths))  # of a control alone
+            context.ledger.add("router", 2 * key_TC.size(1) * pairs + score, 0)
         return merged
 
     def _merged(self, key_TC: Tensor, offsets_B1: Tensor, lengths: Sequence[int]) -> Merged:

@@ -152,10 +152,26 @@ def test_controls_see_position_alone_or_a_random_projection():
         assert same == ("router" in more)
 
 
+def test_who_merges_is_decided_in_fp32_whatever_flows():
+    tokens, key_TJC = batch([40, 30])
+    key_TJC = 1 + 1e-3 * key_TJC.float()  # alike up to what bf16 keeps
+    x = Tokens(tokens.x_TD.float(), tokens.position_T, tokens.offsets_B1)
+    wanted = Merge(D, C, config())(x, key_TJC, [40, 30], Context())
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = Merge(D, C, config())(x, key_TJC, [40, 30], Context())
+        assert merged.mean(x)[0].dtype == torch.float32
+    assert torch.equal(merged.slot_T, wanted.slot_T)
+
+
 def test_it_counts_the_products_of_the_match():
     ledger, (tokens, key_TJC) = Ledger(), batch([5, 1, 0, 6])
     Merge(D, C, config())(tokens, key_TJC, [5, 1, 0, 6], Context(ledger=ledger))
-    assert ledger.by_op() == {"router": (2 * C * (3 * 2 + 0 + 0 + 3 * 3), 0)}
+    match = 2 * C * (3 * 2 + 0 + 0 + 3 * 3)
+    assert ledger.by_op() == {"router": (match, 0)}
+    ledger.reset()
+    control = Merge(D, C, config(frozen=True)).double()
+    control(tokens, key_TJC, [5, 1, 0, 6], Context(ledger=ledger))
+    assert ledger.by_op() == {"router": (match + 2 * 12 * D * C, 0)}
 
 
 @pytest.mark.parametrize(
