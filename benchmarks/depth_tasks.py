@@ -46,7 +46,7 @@ EVERY = {"every": 1, "first": 0}
 TASKS = {
     "fashion": Task(
         "fashion", (), 2000, 400,
-        {"prune": (0.6, 0.8), "merge": (0.7, 0.9, 0.8, 0.6, 0.5)},
+        {"prune": (0.6, 0.8), "merge": (0.75, 0.9, 0.8, 0.7, 0.6, 0.5)},
         {"prune": EVERY, "merge": EVERY}, "images",
     ),
     "sst2": Task(
