@@ -25,8 +25,8 @@ the dense model's; p5, p50 and p95 are over the tokens that came in (what a merg
 counted for the one whose place it keeps). *x* is the wall-clock of the full dense model over ours,
 the same kernels and padding-free batches, timed in turn, the many a second each at its own best
 batch; *over FLOPs* divides it by the saving in FLOPs: 1 means that every FLOP saved is time saved.
-On a CPU the time is that of the one thread that computes. *Training keeps* is what one step of 64 keeps for
-its backward pass; peak memory of inference is not measured on a CPU.
+On a CPU the time is that of the one thread that computes. *Training keeps* is what one step of 64
+keeps for its backward pass; peak memory of inference is not measured on a CPU.
 
 Controls of a headline row: `frozen`, a random router that never learns (of `merge`: a random
 projection of the tokens in the place of the keys); `position`, a router that sees no content;
