@@ -86,8 +86,8 @@ class Routed:
     """What a routed layer returns. The block adds `delta_TD` to the residual, once.
 
     Attributes:
-        overflow: bool scalar: a static bound was too small, nothing of this pass may be used;
-            None: there is no such bound.
+        overflow: scalar, not 0: rows were lost, nothing of this pass may be used; None: none can
+            be. To be read after the backward pass.
     """
 
     delta_TD: Tensor

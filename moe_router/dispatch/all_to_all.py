@@ -10,27 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.dispatch.base import Dispatcher, Group, Received
-from moe_router.dispatch.exchange import Return, Send
+from moe_router.dispatch.exchange import Collective, Mover, Return, Send, Splits
 from moe_router.dispatch.where import Rows, Tables, goes_to, lay_out, pad, plan_within
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
-from moe_router_kernels import combine, gather, reference
-
-
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """How many rows travel.
-
-    Attributes:
-        send, receive: rows to and from each rank, known to the host.
-        send_W: `send` on the device.
-        experts: a bound on the rows of all experts here.
-    """
-
-    send: list[int]
-    receive: list[int]
-    send_W: Tensor
-    experts: int
+from moe_router_kernels import gather, reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +22,7 @@ class _WayBack:
     rows: Rows
     splits: Splits
     tokens: int
+    told: Tensor  # int32 scalar: not 0 once rows were lost
 
 
 class AllToAll(Dispatcher):
@@ -50,6 +35,7 @@ class AllToAll(Dispatcher):
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_world_size(group)
         self._tables = Tables(self.rank)
+        self._mover: Mover = Collective(group)
 
     def dispatch(
         self,
@@ -66,7 +52,6 @@ class AllToAll(Dispatcher):
         rank_TK, slot_TK = (pad(ids, some, -1) for ids in where)
         splits = self._splits(rank_TK, placement)
         rows = lay_out(goes_to(rank_TK, self.ranks), splits.send_W, sum(splits.send))
-        x_RD = gather(x_TD, rows.src_R, rows.row_TW)
         weight_RK = gather(weight_TK, rows.src_R, rows.row_TW)
         # a row carries only the choices that live where it goes; an empty slot carries none
         going_R = torch.where(rows.choice_R < 0, -2, rows.choice_R % self.ranks)
@@ -74,23 +59,22 @@ class AllToAll(Dispatcher):
         id_RK = torch.where(here_RK, slot_TK[rows.src_R], -1)
         weight_RK = weight_RK.masked_fill(~here_RK, 0.0)
 
+        told = torch.zeros((), dtype=torch.int32, device=x_TD.device)
+        way = _WayBack(rows, splits, T, told)
         x_ND, weight_NK, id_NK = Send.apply(  # type: ignore[no-untyped-call]
-            x_RD, weight_RK, id_RK, splits.send, splits.receive, self.group
+            x_TD, weight_RK, id_RK, rows, splits, self._mover, told
         )
         held = len(placement.experts_of_rank[self.rank])
         local, too_few = plan_within(id_NK, held, splits.experts)
-        way = _WayBack(rows, splits, T)
-        overflow = rows.overflow | too_few
-        return Received(x_ND, Choice(id_NK, weight_NK), local, way, overflow)
+        told |= rows.overflow | too_few
+        return Received(x_ND, Choice(id_NK, weight_NK), local, way, told)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:
         way: _WayBack = received.handle
-        home_RD = Return.apply(  # type: ignore[no-untyped-call]
-            y_ND, way.splits.send, way.splits.receive, self.group
+        out_TD: Tensor = Return.apply(  # type: ignore[no-untyped-call]
+            y_ND, way.rows, way.splits, self._mover, way.told
         )
-        src_R, choice_R, row_TW, _ = way.rows
-        unit_TW = torch.ones(row_TW.shape, device=row_TW.device)
-        return combine(home_RD, unit_TW, src_R, choice_R, row_TW)[: way.tokens]
+        return out_TD[: way.tokens]
 
     def total(self, x: Tensor) -> Tensor:
         summed = x.clone()

@@ -27,8 +27,9 @@ class Received:
         choice: target_NK are local expert slots, -1 for choices that live elsewhere.
         plan: over the local experts; gather rows of x_ND by `plan.src_R`.
         handle: what `combine` needs to find the way back; private to the transport.
-        overflow: bool scalar on the device: a row found no place within a static bound, here or
-            on its way here, so the result must not be used. None: no bound, no overflow.
+        overflow: scalar on the device, not 0 where a row found no place within a static bound, or
+            was lost on the way, there or back: the result must not be used. To be read after the
+            backward pass. None: nothing moves.
     """
 
     x_ND: Tensor

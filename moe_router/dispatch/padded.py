@@ -7,8 +7,9 @@ token that finds no slot is dropped and the overflow flag says so: see `bounded.
 import torch
 from torch import Tensor
 
-from moe_router.dispatch.all_to_all import AllToAll, Splits
+from moe_router.dispatch.all_to_all import AllToAll
 from moe_router.dispatch.base import Group
+from moe_router.dispatch.exchange import Splits
 from moe_router.dispatch.where import rows_of_experts, slots_of_rank
 from moe_router.placement import Placement
 

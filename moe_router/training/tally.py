@@ -46,7 +46,7 @@ class Tally:
             self._load_LE[layer] += reference.count(out.choice.target_TK, self._experts)
             self._kept += out.plan.offsets_G1[-1]
             if out.overflow is not None:
-                self._overflows += out.overflow
+                self._overflows += out.overflow != 0
             self._add_losses(out.choice.losses, self._layers)
         for losses in depth:
             self._add_losses(losses, len(depth))

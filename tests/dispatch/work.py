@@ -139,13 +139,14 @@ def routed(name, T, experts, top_k, held=(), seed=0):
     return target_TK.masked_fill(dropped_TK, -1), weight_TK.masked_fill(dropped_TK, 0.0)
 
 
-def move(dispatcher, experts, placement, inputs, dtype):
+def move(dispatcher, experts, placement, inputs, dtype, device="cpu"):
     """One forward and backward of given choices: results, gradients, and the flag.
 
     Args:
         inputs: x_TD, grad_TD, target_TK, weight_TK.
     """
-    x_TD, grad_TD, target_TK, weight_TK = inputs
+    experts = experts.to(device)
+    x_TD, grad_TD, target_TK, weight_TK = (t.to(device) for t in inputs)
     x_TD, weight_TK = (t.to(dtype).requires_grad_() for t in (x_TD, weight_TK))
     plan = plan_from_ids(target_TK, placement.experts)
     choice = Choice(target_TK, weight_TK)
@@ -153,12 +154,14 @@ def move(dispatcher, experts, placement, inputs, dtype):
     y_ND = experts(received.x_ND, received.choice, received.plan)
     out_TD = dispatcher.combine(y_ND, received)
     out_TD.backward(grad_TD.to(dtype))
-    return {
+    found = {
         "out": out_TD.detach(),
         "x": x_TD.grad,
         "weight": weight_TK.grad,
         "gate_up": gradient(experts.gate_up),
         "down": gradient(experts.down),
+    }
+    return {name: tensor.cpu() for name, tensor in found.items()} | {
         "overflow": received.overflow is not None and bool(received.overflow),
     }
 
@@ -186,13 +189,15 @@ def move_whole(routing, placement, bounds, top_k, dtype):
     return move(Local(), experts, one, drawn(routing, placement, bounds, top_k), dtype)
 
 
-def move_part(rank, ranks, name, routing, placement, bounds, top_k, dtype, factor=1e3):
+def move_part(
+    rank, ranks, name, routing, placement, bounds, top_k, dtype, factor=1e3, device="cpu"
+):
     placement = Placement(placement)
     mine = slice(bounds[rank], bounds[rank + 1])
     inputs = [t[mine] for t in drawn(routing, placement, bounds, top_k)]
     experts = experts_of(placement, placement.experts_of_rank[rank], dtype)
-    return move(transport(name, bounds, factor), experts, placement, inputs, dtype)
+    return move(transport(name, bounds, factor), experts, placement, inputs, dtype, device)
 
 
-def move_parts(rank, ranks, name, cases):
-    return [move_part(rank, ranks, name, *case) for case in cases]
+def move_parts(rank, ranks, name, cases, device="cpu"):
+    return [move_part(rank, ranks, name, *case, device=device) for case in cases]

@@ -1,0 +1,67 @@
+"""Every transport on two GPUs equals `local`; the static ones never wait and can be captured."""
+
+import pytest
+import torch
+
+from moe_router.dispatch.transports import round_trip
+from moe_router.placement import Placement
+from moe_router.routing.plan import plan_from_ids
+from moe_router.types import Choice
+from tests.dispatch import work
+from tests.dispatch.test_transports import ROUTINGS, assert_equals_local
+from tests.gloo import run_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+STATIC = [name for name in work.TRANSPORTS if name != "all_to_all"]
+
+
+def on_gpu(rank, ranks, name, cases):
+    return work.move_parts(rank, ranks, name, cases, device=f"cuda:{rank}")
+
+
+@pytest.mark.parametrize("name", work.TRANSPORTS)
+def test_equals_local(name):
+    cases = [(*routing, 2, torch.float32) for routing in ROUTINGS.values()]
+    parts_of = zip(*run_ranks(2, on_gpu, name, cases, backend="nccl"), strict=True)
+    for case, parts in zip(cases, parts_of, strict=True):
+        assert not any(part["overflow"] for part in parts), case
+        assert_equals_local(parts, work.move_whole(*case), case[1], rtol=2e-4, atol=2e-5)
+
+
+def captured(rank, ranks, name):
+    """A round trip that never waits, and the replay of its CUDA graph on other tokens."""
+    device, (T, D, K, E) = torch.device("cuda", rank), (96, 64, 4, 16)
+    by = work.transport(name, (0, T))
+    torch.manual_seed(rank)
+    x_TD = torch.randn(T, D, device=device, dtype=torch.bfloat16)
+    target_TK = torch.rand(T, E, device=device).topk(K).indices.int()
+    choice = Choice(target_TK, torch.ones(T, K, device=device))
+    placement, plan = Placement.contiguous(E, ranks), plan_from_ids(target_TK, E)
+
+    def run():
+        return round_trip(by, x_TD, choice, plan, placement)[0]
+
+    with torch.no_grad():
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out_TD = run()
+        x_TD.neg_()
+        graph.replay()
+        torch.cuda.synchronize()
+        return torch.equal(out_TD, run())
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_transport_never_waits_and_can_be_captured(name):
+    assert run_ranks(2, captured, name, backend="nccl") == [True, True]
