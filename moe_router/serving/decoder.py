@@ -16,7 +16,8 @@ from torch import Tensor
 from moe_router.models import CausalLM, KVCache, Sampling
 from moe_router.models.generate import require_causal
 from moe_router.models.sampling import sample, sampling_noise
-from moe_router.serving.requests import Event, Request, Trace, Work
+from moe_router.serving.requests import Event, Request, Score, Trace, Work
+from moe_router.serving.scoring import score, score_prompt
 from moe_router.serving.tracing import Tracer
 
 _HOST = torch.device("cpu")
@@ -78,19 +79,24 @@ class Decoder:
         bounds = [0, *accumulate(len(row.feed) for row in self._rows)]
         watched = any(row.request.trace for row in self._rows)
         tracer = Tracer(len(self._model.blocks)) if watched else None
-        token_B = self._choose(self._forward(bounds, tracer))
+        logits_TV = self._forward(bounds, tracer)
+        last_B = torch.tensor(bounds[1:], dtype=torch.int64).to(self._device) - 1
+        logits_BV = logits_TV[last_B]
+        token_B = self._choose(logits_BV)
         traces = [None] * len(self._rows) if tracer is None else tracer.traces(bounds)
-        events = [
-            self._advance(row, token, trace if row.request.trace else None)
-            for row, token, trace in zip(self._rows, token_B, traces, strict=True)
-        ]
+        events = []
+        for i, (row, token) in enumerate(zip(self._rows, token_B, strict=True)):
+            scores = self._scores(row, token, logits_TV[bounds[i] : bounds[i + 1]])
+            events.append(
+                self._advance(row, token, traces[i] if row.request.trace else None, scores)
+            )
         going = [i for i, event in enumerate(events) if not event.finish]
         if len(going) < len(events):
             self._keep(going)
         return events
 
     def _forward(self, bounds: list[int], tracer: Tracer | None) -> Tensor:
-        """(B, V) fp32 logits after what each sequence was fed."""
+        """(T, V) fp32 logits after each token that the sequences were fed."""
         offsets_B1 = torch.tensor(bounds, dtype=torch.int32)
         ids = [token for row in self._rows for token in row.feed]
         position = [row.held + n for row in self._rows for n in range(len(row.feed))]
@@ -101,7 +107,7 @@ class Decoder:
             cache=self._cache,
             context=None if tracer is None else tracer.context,
         ).logits_TV
-        return logits_TV[offsets_B1[1:].long().to(self._device) - 1]
+        return logits_TV
 
     def _choose(self, logits_BV: Tensor) -> list[int]:
         """The next token of each sequence, each by its own sampling."""
@@ -122,14 +128,29 @@ class Decoder:
         tokens: list[int] = sample(logits_BV[row_B], uniform_B.to(self._device), sampling).tolist()
         return tokens
 
-    def _advance(self, row: _Row, token: int, trace: Trace | None) -> Event:
+    def _scores(self, row: _Row, token: int, logits_TV: Tensor) -> tuple[Score, ...]:
+        """Of the prompt, if it is echoed, and of the token that was drawn, if it is text."""
+        asked = row.request
+        if asked.logprobs is None:
+            return ()
+        echoed = asked.echo and row.held == 0 and not asked.made
+        scores = score_prompt(logits_TV, asked.prompt, asked.logprobs) if echoed else []
+        if not asked.reads_only and token != self._stop_id:
+            scores += score(logits_TV[-1:], [token], asked.logprobs)
+        return tuple(scores)
+
+    def _advance(
+        self, row: _Row, token: int, trace: Trace | None, scores: tuple[Score, ...]
+    ) -> Event:
         row.held += len(row.feed)
         row.feed = [token]
+        if row.request.reads_only:
+            return Event(row.request.id, None, "length", trace, scores)
         if token == self._stop_id:
-            return Event(row.request.id, None, "stop", trace)
+            return Event(row.request.id, None, "stop", trace, scores)
         row.made += 1
         full = row.made == row.request.sampling.max_new_tokens
-        return Event(row.request.id, token, "length" if full else "", trace)
+        return Event(row.request.id, token, "length" if full else "", trace, scores)
 
     def _keep(self, going: list[int]) -> None:
         self._rows = [self._rows[i] for i in going]

@@ -8,47 +8,18 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from moe_router.config import ServeConfig, require
 from moe_router.errors import ClusterError, MoeRouterError, PeerLostError
 from moe_router.models import Sampling
 from moe_router.models.generate import check_prompts
 from moe_router.serving.group import Group
-from moe_router.serving.requests import Ask, Event, Finish, Health, Piece, Request
+from moe_router.serving.requests import Ask, Event, Health, Piece, Request
 from moe_router.serving.scheduler import Limits, Scheduler
-from moe_router.serving.text import TextStream
+from moe_router.serving.waiting import Waiting
 from moe_router.training.data import Tokenizer
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Open:
-    """A prompt that somebody waits for."""
-
-    inbox: "asyncio.Queue[Piece | MoeRouterError]"
-    index: int
-    prompt_tokens: int
-    text: TextStream
-    made: int = 0
-
-    def take(self, event: Event) -> Finish:
-        """Pass a token on; says whether and why the answer has ended."""
-        text, finish = "", event.finish
-        if event.token is not None:
-            self.made += 1
-            text, stopped = self.text.push(event.token)
-            finish = "stop" if stopped else finish
-            if finish and not stopped:
-                text += self.text.end()
-        elif finish:
-            text = self.text.end()
-        tokens = () if event.token is None else (event.token,)
-        self.inbox.put_nowait(
-            Piece(self.index, text, tokens, finish, self.prompt_tokens, self.made, event.trace)
-        )
-        return finish
 
 
 class Engine:
@@ -72,7 +43,7 @@ class Engine:
         self._group, self._tokenizer = group, tokenizer
         self._defaults = defaults or ServeConfig()
         self._scheduler = Scheduler(group.ranks, limits or Limits())
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, Waiting] = {}
         self._next_id = 0
         self._wake = asyncio.Event()
         self._lost: PeerLostError | None = None  # what `check` has found
@@ -106,8 +77,7 @@ class Engine:
         self._scheduler.add(requests)
         inbox: asyncio.Queue[Piece | MoeRouterError] = asyncio.Queue()
         for index, request in enumerate(requests):
-            text = TextStream(self._tokenizer, request.prompt, ask.stop)
-            self._open[request.id] = _Open(inbox, index, len(request.prompt), text)
+            self._open[request.id] = Waiting.of(inbox, index, request, ask, self._tokenizer)
         self._wake.set()
         left = len(requests)
         try:
@@ -148,6 +118,8 @@ class Engine:
 
     def _requests(self, ask: Ask) -> list[Request]:
         require(bool(ask.prompts), "prompt", "nothing", "at least one prompt")
+        none = ask.max_tokens == 0
+        require(not none or ask.echo, "max_tokens", 0, "1 or more, or echo: true")
         require(all(ask.stop), "stop", list(ask.stop), "texts that are not empty")
         document = self._tokenizer.document_id
         prompts = [
@@ -157,14 +129,23 @@ class Engine:
         check_prompts(prompts, self._tokenizer.vocab)
         first, self._next_id = self._next_id, self._next_id + len(prompts)
         return [
-            Request(first + i, prompt, self._sampling(ask), trace=ask.trace)
+            Request(
+                first + i,
+                prompt,
+                self._sampling(ask),
+                trace=ask.trace,
+                logprobs=ask.logprobs,
+                echo=ask.echo,
+                reads_only=ask.max_tokens == 0,
+            )
             for i, prompt in enumerate(prompts)
         ]
 
     def _sampling(self, ask: Ask) -> Sampling:
         ours = self._defaults
         return Sampling(
-            max_new_tokens=ours.max_new_tokens if ask.max_tokens is None else ask.max_tokens,
+            # 0 reads the prompt alone, and then nothing is drawn
+            max_new_tokens=ours.max_new_tokens if ask.max_tokens is None else ask.max_tokens or 1,
             temperature=ours.temperature if ask.temperature is None else ask.temperature,
             top_k=ours.top_k if ask.top_k is None else ask.top_k,
             top_p=ours.top_p if ask.top_p is None else ask.top_p,

@@ -5,6 +5,7 @@ import json
 import logging
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -21,6 +22,7 @@ from moe_router.serving.openai_types import (
     choice,
     completion,
     error_body,
+    logprobs_of,
     usage,
 )
 from moe_router.serving.requests import Piece
@@ -79,40 +81,51 @@ class _Front:
             )
             return JSONResponse(body, 404)
         pieces = self._service.stream(asked.ask)
+        wants_logprobs = asked.logprobs is not None
         if not asked.stream:
-            return await _unless_gone(request, self._whole(pieces))
+            return await _unless_gone(request, self._whole(pieces, wants_logprobs))
         # the first piece is awaited here: what is wrong with a request has a status of its own
         first = await anext(pieces)
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = self._events(first, pieces, with_usage)
+        events = self._events(first, pieces, with_usage, wants_logprobs)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
 
-    async def _whole(self, pieces: AsyncGenerator[Piece]) -> Response:
-        texts: dict[int, str] = {}
-        last: dict[int, Piece] = {}
+    async def _whole(self, pieces: AsyncGenerator[Piece], wants_logprobs: bool) -> Response:
+        got: dict[int, list[Piece]] = defaultdict(list)
         async with aclosing(pieces):
             async for piece in pieces:
-                texts[piece.index] = texts.get(piece.index, "") + piece.text
-                last[piece.index] = piece
-        choices = [choice(i, texts[i], last[i].finish) for i in sorted(texts)]
-        used = usage(list(last.values()))
+                got[piece.index].append(piece)
+        choices = []
+        for index, of in sorted(got.items()):
+            said = [one for piece in of for one in piece.said]
+            told = logprobs_of(said) if wants_logprobs else None
+            choices.append(choice(index, "".join(p.text for p in of), of[-1].finish, told))
+        used = usage([of[-1] for of in got.values()])
         return JSONResponse(completion(_new_id(), self._service.model, choices, usage=used))
 
     async def _events(
-        self, first: Piece, pieces: AsyncGenerator[Piece], with_usage: bool
+        self,
+        first: Piece,
+        pieces: AsyncGenerator[Piece],
+        with_usage: bool,
+        wants_logprobs: bool,
     ) -> AsyncIterator[str]:
         id_, model = _new_id(), self._service.model
         more: dict[str, Any] = {"usage": None} if with_usage else {}
         last: dict[int, Piece] = {}
+        start: dict[int, int] = defaultdict(int)  # characters that were scored
         async with aclosing(pieces):
             try:
                 async for piece in chain(first, pieces):
                     last[piece.index] = piece
-                    if piece.text or piece.finish:
-                        told = choice(piece.index, piece.text, piece.finish)
-                        yield _event(completion(id_, model, [told], **more))
+                    if piece.text or piece.finish or piece.said:
+                        said = logprobs_of(piece.said, start[piece.index])
+                        start[piece.index] += sum(len(one.text) for one in piece.said)
+                        told = said if wants_logprobs else None
+                        part = choice(piece.index, piece.text, piece.finish, told)
+                        yield _event(completion(id_, model, [part], **more))
             except Exception as error:
                 yield answer_as_event(error)  # the status has gone out; no [DONE] follows
                 return

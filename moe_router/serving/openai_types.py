@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_router.errors import ConfigError
-from moe_router.serving.requests import Ask, Piece
+from moe_router.serving.requests import Ask, Piece, Said
 
 _Id = Annotated[int, Field(ge=0)]
 _Ids = Annotated[list[_Id], Field(min_length=1)]
@@ -33,7 +34,7 @@ class CompletionRequest(_Strict):
 
     model: str | None = None
     prompt: str | _Ids | list[str] | list[_Ids]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None  # not OpenAI's; 0 is off
@@ -44,8 +45,8 @@ class CompletionRequest(_Strict):
     user: str | None = None
     n: Literal[1] | None = None
     best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    logprobs: None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     suffix: Literal[""] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -70,6 +71,8 @@ class CompletionRequest(_Strict):
             top_p=self.top_p,
             seed=self.seed,
             stop=stop,
+            logprobs=self.logprobs,
+            echo=bool(self.echo),
         )
 
 
@@ -122,8 +125,24 @@ def completion(
     }
 
 
-def choice(index: int, text: str, finish: str) -> dict[str, Any]:
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish or None}
+def choice(
+    index: int, text: str, finish: str, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish or None}
+
+
+def logprobs_of(said: Sequence[Said], start: int = 0) -> dict[str, Any]:
+    """Args:
+    start: characters of the answer before these tokens.
+    """
+    offsets = [0, *accumulate(len(one.text) for one in said)]
+    return {
+        "tokens": [one.text for one in said],
+        "token_logprobs": [one.logprob for one in said],
+        # the likeliest tokens of the first place are unknown; equal texts keep the likelier
+        "top_logprobs": [None if one.logprob is None else dict(reversed(one.top)) for one in said],
+        "text_offset": [start + offset for offset in offsets[:-1]],
+    }
 
 
 def usage(last: Sequence[Piece]) -> dict[str, int]:

@@ -20,6 +20,10 @@ class Ask:
         seed: None draws one, so that equal prompts get different texts.
         stop: texts that end a completion and are not part of it.
         trace: say what computed each token; costs a wait for the device in every pass.
+        logprobs: how many likeliest tokens to tell beside each token's own log-probability; None
+            tells of neither.
+        echo: the answer begins with the prompt, and so do the log-probabilities; then max_tokens
+            may be 0.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -30,6 +34,31 @@ class Ask:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     trace: bool = False
+    logprobs: int | None = None
+    echo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a token was, in nats, before temperature, top_k and top_p.
+
+    Attributes:
+        logprob: None for the first token of a prompt.
+        top: the likeliest tokens there, and their log-probabilities.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A `Score` whose tokens are texts."""
+
+    text: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +88,7 @@ class Piece:
         prompt_tokens: of the prompt, its separator among them.
         made: tokens of this prompt's answer so far.
         trace: if it was asked for.
+        said: likewise, of the tokens made, and of the prompt's before them if it is echoed.
     """
 
     index: int
@@ -68,6 +98,7 @@ class Piece:
     prompt_tokens: int
     made: int
     trace: Trace | None = None
+    said: tuple[Said, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +137,9 @@ class Request:
         id: unique in the engine.
         prompt: token ids, at least one.
         made: tokens that another generation of ranks has made already.
+        trace, logprobs: as in `Ask`.
+        echo: score the prompt too.
+        reads_only: end after the prompt, without a token.
     """
 
     id: int
@@ -113,6 +147,9 @@ class Request:
     sampling: Sampling
     made: tuple[int, ...] = ()
     trace: bool = False
+    logprobs: int | None = None
+    echo: bool = False
+    reads_only: bool = False
 
     @property
     def cost(self) -> int:
@@ -146,3 +183,4 @@ class Event:
     token: int | None
     finish: Finish
     trace: Trace | None = None
+    scores: tuple[Score, ...] = ()

@@ -222,7 +222,7 @@ def test_a_full_queue_is_said_at_once():
         (((),), {}, "prompt 0 is empty"),
         (("a", (3, 999)), {}, "prompt 1 holds token 999: want 0..256"),
         (("a",), {"temperature": -1.0}, "temperature=-1.0: want 0 or more"),
-        (("a",), {"max_tokens": 0}, "max_new_tokens=0: want 1 or more"),
+        (("a",), {"max_tokens": 0}, "max_tokens=0: want 1 or more, or echo: true"),
         (("a",), {"max_tokens": 10**6}, r"prompt \+ max_tokens=1000002: want at most"),
         (("a",), {"stop": ("x", "")}, "stop=.*: want texts that are not empty"),
     ],
