@@ -6,6 +6,7 @@ from typing import Literal
 from moe_router.errors import ConfigError
 
 RouterKind = Literal["linear", "mlp", "position"]  # position: a control, sees no content
+DepthRouterKind = Literal["linear", "mlp", "position", "attention"]  # attention: what is received
 
 
 def require(holds: bool, key: str, got: object, want: str) -> None:
@@ -84,14 +85,19 @@ class RoutingConfig:
     """Which blocks a token takes. Equations: docs/routing.md."""
 
     kind: Literal["skip", "halt", "prune", "merge"]
+    decide: Literal["top", "threshold"] = "top"  # prune: the best of a sequence, or those above
     keep: float = 0.5  # skip: of a sequence, what a routed block computes; prune: what it leaves
+    threshold: float | None = None  # prune: of importance; halt: of its sum; null: 0.5, 0.99
+    temperature: float = 0.1  # prune: width of the soft threshold that gradients see
+    soft_steps: int = 0  # prune: first training steps in which no token leaves, but weighs less
+    protect: int = 1  # prune: first tokens of a sequence that never leave
+    min_keep: int = 1  # prune: tokens of a sequence that stay at least
     every: int = 2  # every n-th block is routed
     first: int = 1  # blocks before this one are not
-    router: RouterKind = "linear"
+    router: DepthRouterKind = "linear"
     router_hidden: int = 64  # width of the mlp router and predictor, features of the position
     predictor: Literal["score", "mlp"] = "score"  # skip: who decides where later tokens are unknown
     predictor_loss: float = 0.01  # coefficient of what teaches it
-    threshold: float = 0.99  # halt: sum of halting probabilities at which a token halts
     start: float = -3.0  # halt: logit of that probability before any training
     ponder_loss: float = 0.01  # halt: coefficient of steps plus remainder
     frozen: bool = False  # a router that never learns: the control of a quality claim
@@ -102,16 +108,35 @@ class RoutingConfig:
             ("every", self.every >= 1, "at least 1"),
             ("first", self.first >= 0, "0 or more"),
             ("router_hidden", self.router_hidden >= 1, "at least 1"),
-            ("threshold", 0 < self.threshold <= 1, "0 < threshold <= 1"),
+            ("threshold", 0 < self.cut <= 1, "0 < threshold <= 1, or null"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("soft_steps", self.soft_steps >= 0, "0 or more"),
+            ("protect", self.protect >= 0, "0 or more tokens"),
+            ("min_keep", self.min_keep >= 1, "at least 1 token"),
             ("predictor_loss", self.predictor_loss >= 0, "0 or more"),
             ("ponder_loss", self.ponder_loss >= 0, "0 or more"),
         ):
             require(holds, f"model.routing.{key}", getattr(self, key), want)
+        if self.kind != "prune":
+            want = "top, or model.routing.kind=prune"
+            require(self.decide == "top", "model.routing.decide", self.decide, want)
+            want = "linear, mlp or position, or model.routing.kind=prune"
+            require(self.router != "attention", "model.routing.router", self.router, want)
         if self.kind == "merge":
             want = "0.5 <= keep <= 1: each second token may join another"
             require(self.keep >= 0.5, "model.routing.keep", self.keep, want)
             want = "linear (the keys of attention) or position: merging learns nothing"
             require(self.router != "mlp", "model.routing.router", self.router, want)
+
+    @property
+    def cut(self) -> float:
+        """The threshold, or the usual one."""
+        return (0.99 if self.kind == "halt" else 0.5) if self.threshold is None else self.threshold
+
+    @property
+    def weighs(self) -> bool:
+        """Whether attention sees a token by its mass, not as one."""
+        return self.kind == "merge" or self.decide == "threshold"
 
     @property
     def loss_scale(self) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """What a model costs, from its config alone: parameters, FLOPs, bytes.
 
 Counted are matrix products, 2 FLOPs per multiply-add, of a dropless forward pass; training is three
-times that. Halting counts as if no token halted: when they do is learned. Not counted: norms,
-rotations, softmax, the sizes of merged keys, the optimizer, activations in memory.
+times that. Halting and pruning by threshold count as if no token left: when they do is learned.
+Not counted: norms, rotations, softmax, the sizes of merged keys, the optimizer, activations in
+memory.
 """
 
 from collections.abc import Callable, Iterable

@@ -53,9 +53,9 @@ def parts_of(config: Config, vocab: int) -> Iterator[Part]:
             staying *= keep
         leaves = i < model.layers - 1 and (model.routes(i, "prune") or model.routes(i, "halt"))
         if model.routing is not None and (leaves or model.routes(i, "skip")):
-            yield _depth_router(layer, D, model.routing, staying)
-        if leaves and model.routes(i, "prune"):
-            staying *= keep
+            yield _depth_router(layer, config, model.routing, staying)
+            if model.routes(i, "prune") and model.routing.decide == "top":
+                staying *= keep
     yield Part("head", "norms", D, D, 0, 0)
     if model.kind != "causal_lm":
         yield _label_head(D, len(config.data.labels), config.data.seq_len)
@@ -101,6 +101,7 @@ def _block_of_some(index: int, config: Config, share: float, fed: float) -> Iter
 def _match(layer: str, config: Config, routing: RoutingConfig, share: float) -> Part:
     """Each second token of a sequence beside each other one; a control has a score of its own."""
     model = config.model
+    assert routing.router != "attention"  # the config refuses it
     channels, seen, weights = model.dim // model.heads, share * config.data.seq_len, 0
     if routing.frozen or routing.router == "position":
         weights, _ = _score(routing.router, model.dim, channels, routing.router_hidden)
@@ -108,7 +109,10 @@ def _match(layer: str, config: Config, routing: RoutingConfig, share: float) -> 
     return Part(layer, "router", weights, weights, round(flops), 0)
 
 
-def _depth_router(layer: str, D: int, routing: RoutingConfig, share: float) -> Part:
+def _depth_router(layer: str, config: Config, routing: RoutingConfig, share: float) -> Part:
+    D = config.model.dim
+    if routing.router == "attention":  # scores of each token for each other one, once more
+        return Part(layer, "router", 1, 1, round(2 * D * share * share * config.data.seq_len), 0)
     weights, biases = _score(routing.router, D, 1, routing.router_hidden)
     if routing.kind == "skip" and routing.predictor == "mlp":
         more, bias = _score("mlp", D, 1, routing.router_hidden)

@@ -57,7 +57,7 @@ class Halt(nn.Module):
         if context.ledger is not None:
             context.ledger.add("router", flops_of(self, logit_R.numel()), 0)
         p_T = _weigh(logit_R.sigmoid()[:, None], state.plan)[:, 0]
-        reached_T = state.cumulative_T + p_T >= self.config.threshold
+        reached_T = state.cumulative_T + p_T >= self.config.cut
         state = _step(state, rows.x_TD, p_T, reached_T)
         kept = keep_where(~reached_T[state.plan.src_R], rows.offsets_B1)
         return replace(state, plan=chain(state.plan, kept.plan)), kept

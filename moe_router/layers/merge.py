@@ -69,6 +69,7 @@ class Merge(nn.Module):
         super().__init__()
         self.config = config
         self.router: nn.Module | None = None
+        assert config.router != "attention"  # the config refuses it
         if config.frozen or config.router == "position":
             self.router = make_score(dim, channels, config.router, config.router_hidden)
             self.router.requires_grad_(False)

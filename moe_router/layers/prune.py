@@ -1,58 +1,125 @@
 """Token pruning: after a block, the least important tokens of each sequence leave for good.
 
-What stays is a smaller batch, so every later block is cheaper. Each survivor carries a mass, the
-product of its importances, by which the classifier pools: that is how the router learns which
-tokens matter. Importance looks at the whole sequence, so pruning is not causal.
+What stays is a smaller batch, so every later block is cheaper. Each survivor carries a mass by
+which the classifier pools: that is how the router learns which tokens matter. Importance may look
+at the whole sequence, so pruning is not causal.
 
-Source: the keep rate of Kim et al. 2022 (LTP, arXiv:2107.00910), with importance learned instead
-of read from attention.
+By threshold, tokens leave whose importance is too low, however many they are. The mass is then a
+soft threshold. While nobody leaves yet (`soft_steps`) attention and pooling see a token by its
+mass; afterwards survivors count as one each, and only their gradient is that of the soft mass.
+
+Source: Kim et al. 2021 (LTP, arXiv:2107.00910); its soft mask scales states, which the norm of a
+pre-norm block would undo, so here it scales how much others see of a token.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from moe_router.config import RoutingConfig
 from moe_router.routing import Context
-from moe_router.routing.depth import DepthRouter, Kept, flops_of, keep_best
+from moe_router.routing.depth import (
+    DepthRouter,
+    Kept,
+    best,
+    flops_of,
+    keep_all,
+    keep_best,
+    keep_where,
+)
 from moe_router.types import Choice, Tokens
+
+LEAST = 1e-20  # mass of a token that nobody sees; its logarithm is finite
+
+
+class Received(nn.Module):
+    """Attention received, as importance; what is learned of it is where the threshold lies."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1), requires_grad=not frozen)
+
+    def forward(self, received_T: Tensor) -> Tensor:
+        return received_T + self.bias.to(received_T.dtype)
 
 
 class Prune(nn.Module):
     """Args:
     dim: hidden size D.
-    config: keep and router.
+    config: decide, keep, threshold, temperature, soft_steps, protect, min_keep and router.
     """
 
     def __init__(self, dim: int, config: RoutingConfig) -> None:
         super().__init__()
         self.config = config
-        self.router = DepthRouter(dim, config)
+        self.router: DepthRouter | Received
+        if config.router == "attention":
+            self.router = Received(frozen=config.frozen)
+        else:
+            self.router = DepthRouter(dim, config)
 
     def forward(
-        self, tokens: Tokens, lengths: Sequence[int], context: Context
+        self,
+        tokens: Tokens,
+        lengths: Sequence[int],
+        context: Context,
+        received_T: Tensor | None = None,
     ) -> tuple[Choice, Kept]:
-        """Choose the survivors: the first token of a sequence, and its best others.
+        """Choose the survivors: the first tokens of a sequence, and the important ones.
 
         Args:
             tokens: the residual stream after the block.
             lengths: of its sequences, on the host.
+            received_T: how much attention came to each token in the block.
 
         Returns:
-            Choice of one group, the token's sequence, by its importance in (0, 1); and the rows
-            of the survivors.
+            Choice of one group, the token's sequence, by its weight in (0, 1]; and the rows of the
+            survivors.
         """
-        logit_T = self.router(tokens.x_TD, tokens.position_T)
-        kept = keep_best(logit_T, tokens.offsets_B1, lengths, self.config.keep, always=1)
+        config = self.config
+        order_T, value_T = self._importance(tokens, received_T)
+        rank_T = order_T.detach().masked_fill(tokens.position_T < config.protect, torch.inf)
+        least = max(config.protect, config.min_keep)
+        if config.decide == "top":
+            kept = keep_best(rank_T, tokens.offsets_B1, lengths, config.keep, least)
+            weight_T = value_T
+        else:
+            safe_T = best(rank_T, tokens.offsets_B1, [min(n, least) for n in lengths])
+            margin_T = (value_T - config.cut) / config.temperature
+            weight_T = margin_T.sigmoid().masked_fill(safe_T, 1.0)
+            if self._soft(context):
+                kept = keep_all(lengths, tokens.offsets_B1)
+            else:
+                kept = keep_where((margin_T > 0) | safe_T, tokens.offsets_B1)
+                weight_T = weight_T + (1 - weight_T).detach()
         if context.ledger is not None:
-            context.ledger.add("router", flops_of(self, logit_T.numel()), 0)
-        weight_T1 = logit_T.sigmoid()[:, None].masked_fill(kept.target_T1 < 0, 0.0)
+            flops = flops_of(self, value_T.numel())
+            if received_T is not None:  # the scores of attention, once more
+                flops += 2 * tokens.x_TD.size(1) * sum(n * n for n in lengths)
+            context.ledger.add("router", flops, 0)
+        weight_T1 = weight_T[:, None].masked_fill(kept.target_T1 < 0, 0.0)
         return Choice(kept.target_T1, weight_T1), kept
 
-    def mass(self, tokens: Tokens, choice: Choice, kept: Kept) -> Tensor:
-        """(R,) fp32: mass of the survivors, times their importance."""
-        size_T = choice.weight_TK[:, 0]
+    def mass(self, tokens: Tokens, choice: Choice, kept: Kept) -> Tensor | None:
+        """(R,) fp32: mass of the survivors, times their weight; None where all count as one."""
+        if self.config.decide == "threshold" and not self.training:
+            return None
+        size_T = choice.weight_TK[:, 0].clamp(min=LEAST)
         if tokens.size_T is not None:
-            size_T = size_T * tokens.size_T
+            size_T = (size_T * tokens.size_T).clamp(min=LEAST)
         rows: Tensor = size_T[kept.plan.src_R]
         return rows
+
+    def _importance(self, tokens: Tokens, received_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(T,) the order of the tokens, in which few tie, and their importance: in (0, 1), or
+        around 1 if it is attention received."""
+        if received_T is not None:
+            value_T: Tensor = self.router(received_T)
+            return value_T, value_T
+        logit_T: Tensor = self.router(tokens.x_TD, tokens.position_T)
+        return logit_T, logit_T.sigmoid()
+
+    def _soft(self, context: Context) -> bool:
+        step = context.step
+        return self.training and step is not None and step < self.config.soft_steps

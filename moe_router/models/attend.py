@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_router.models.packing import Packing, Piece
+from moe_router_kernels import reference
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -31,7 +32,7 @@ def attend_packed(
     """Each token attends to itself and the earlier tokens of its sequence, or to all of it.
 
     Args:
-        size_T: fp32, at least 1, where attention is not causal: a key of size s is seen as s
+        size_T: fp32, above 0, where attention is not causal: a key of size s is seen as s
             equal ones, so log(s) is added to its scores (Bolya et al. 2022, arXiv:2210.09461,
             equation 1). None: 1 each.
 
@@ -56,6 +57,37 @@ def attend_packed(
     parts = zip(q_parts, k_parts, v_parts, packing.pieces, masks, strict=True)
     out = [_attend_piece(*part, packing.causal) for part in parts]
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def received(
+    q_THC: Tensor, k_TJC: Tensor, packing: Packing, size_T: Tensor | None = None
+) -> Tensor:
+    """(T,) how much attention comes to each token: its probabilities, mean over heads, summed over
+    the queries of its sequence by their size. 1 is what attention to all alike would give.
+
+    Source: Kim et al. 2021 (arXiv:2107.00910), equation 1, times the length of the sequence.
+    """
+    size_T = torch.ones_like(q_THC[:, 0, 0]).float() if size_T is None else size_T
+    with torch.autocast(q_THC.device.type, enabled=False):
+        q_THC, k_THC = (
+            reference.wide(x)
+            for x in (q_THC, k_TJC.repeat_interleave(q_THC.size(1) // k_TJC.size(1), 1))
+        )
+        sizes = [piece.tokens for piece in packing.pieces]
+        parts = zip(
+            *(torch.split(x, sizes) for x in (q_THC, k_THC, size_T)), packing.pieces, strict=True
+        )
+        out = [_received_in(*part) for part in parts]
+    return torch.cat(out) if out else size_T
+
+
+def _received_in(q_THC: Tensor, k_THC: Tensor, size_T: Tensor, piece: Piece) -> Tensor:
+    q, k = (_grid(x, piece).transpose(1, 2) for x in (q_THC, k_THC))
+    bias = _seen_by_size(piece, size_T.log().to(q.dtype))
+    weight_RHWW = (q @ k.transpose(2, 3) * q.size(-1) ** -0.5 + bias).softmax(-1)
+    by_RW = _grid(size_T.to(q.dtype), piece)
+    got_RW = torch.einsum("rhqk,rq->rk", weight_RHWW, by_RW) / q.size(1)
+    return got_RW.flatten() if piece.cell_T is None else got_RW.flatten()[piece.cell_T]
 
 
 def attend_cached(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
-from moe_router.models.attend import attend_cached, attend_packed
+from moe_router.models.attend import attend_cached, attend_packed, received
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn, rotate
@@ -15,10 +15,12 @@ class Attended(NamedTuple):
     """Attributes:
     out_TD: what attention adds.
     key_TJC: the keys of J heads, as queries see them.
+    received_T: how much attention came to each token, if asked for.
     """
 
     out_TD: Tensor
     key_TJC: Tensor
+    received_T: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -44,6 +46,8 @@ class Attention(nn.Module):
         packing: Packing,
         cache: LayerCache | None = None,
         size_T: Tensor | None = None,
+        *,
+        count_received: bool = False,
     ) -> Attended:
         """(T, D) to (T, D). With a cache, the tokens are appended to it and attend to all of it;
         without one a token of size s is seen as s equal ones."""
@@ -61,4 +65,5 @@ class Attention(nn.Module):
                 if fresh
                 else attend_cached(q_THC, *cache.read(), slot_T, packing)
             )
-        return Attended(self.o(y_THC.flatten(1)), k_TJC)
+        received_T = received(q_THC, k_TJC, packing, size_T) if count_received else None
+        return Attended(self.o(y_THC.flatten(1)), k_TJC, received_T)

@@ -159,7 +159,7 @@ class Backbone(nn.Module):
                 account.block(i, ran, layer_cache, fed)
             if self.config.routing is not None and out.routed is None:
                 _tell(i, passed, out, context)
-            self._leave(str(i), passed, context)
+            self._leave(str(i), passed, out.received_T, context)
         if passed.halted is not None:
             passed.halted = finish(passed.stream.x_TD, passed.halted)
             if self.training:
@@ -189,7 +189,9 @@ class Backbone(nn.Module):
         result: BlockOutput = out
         return result
 
-    def _leave(self, block: str, passed: Passed, context: Context) -> None:
+    def _leave(
+        self, block: str, passed: Passed, received_T: Tensor | None, context: Context
+    ) -> None:
         """Let tokens go after a block, if it is one where they may."""
         stream = passed.stream
         if block in self.halts:
@@ -198,7 +200,7 @@ class Backbone(nn.Module):
             passed.go_on(kept)
         if block in self.prunes:
             prune = cast(Prune, self.prunes[block])
-            choice, kept = prune(stream.tokens, stream.packing.lengths, context)
+            choice, kept = prune(stream.tokens, stream.packing.lengths, context, received_T)
             mass_R = prune.mass(stream.tokens, choice, kept)
             passed.go_on(kept)
             passed.stream = replace(passed.stream, size_T=mass_R)

@@ -31,6 +31,7 @@ class BlockOutput(NamedTuple):
     choice, kept: which tokens the block computed; None: every one.
     merged, stream: how tokens merged on the way, and their slots as they go on, but for x_TD;
         None: they did not.
+    received_T: how much attention came to each token; None: nobody asks.
     """
 
     x_TD: Tensor
@@ -39,6 +40,7 @@ class BlockOutput(NamedTuple):
     kept: Kept | None = None
     merged: Merged | None = None
     stream: Stream | None = None
+    received_T: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -78,7 +80,12 @@ class Block(nn.Module):
         self.skip: Skip | None = None
         if config.routing is not None and config.routes(layer, "skip"):
             self.skip = Skip(config.dim, config.routing, total=(dispatcher or Local()).total)
-        self.merges = config.routing is not None and config.routing.kind == "merge"
+        self.weighs = config.routing is not None and config.routing.weighs
+        self.counts_received = (
+            config.routing is not None
+            and config.routing.router == "attention"
+            and config.routes(layer, "prune")
+        )
         self.merge: Merge | None = None
         if config.routing is not None and config.routes(layer, "merge"):
             self.merge = Merge(config.dim, self.attention.channels, config.routing)
@@ -98,9 +105,10 @@ class Block(nn.Module):
         if self.merge is not None:
             return self._merging(self.merge, stream, context)
         if self.skip is None:
-            x_TD = x_TD + self._attend(stream, cache).out_TD
+            attended = self._attend(stream, cache)
+            x_TD = x_TD + attended.out_TD
             delta_TD, routed = self._feed(x_TD, stream, context)
-            return BlockOutput(x_TD + delta_TD, routed)
+            return BlockOutput(x_TD + delta_TD, routed, received_T=attended.received_T)
         choice, kept = self.skip.choose(stream.tokens, packing.lengths, context)
         rows = stream.take(kept)
         attention_RD = self._attend(rows, cache).out_TD
@@ -122,8 +130,9 @@ class Block(nn.Module):
 
     def _attend(self, stream: Stream, cache: LayerCache | None) -> Attended:
         normed_TD = self.attention_norm(stream.x_TD)
-        size_T = stream.size_T if self.merges else None  # a pruned token's mass is for the pooling
-        attended: Attended = self.attention(normed_TD, stream.turn, stream.packing, cache, size_T)
+        size_T = stream.size_T if self.weighs else None  # else it is for the pooling alone
+        here = (stream.turn, stream.packing, cache, size_T)
+        attended: Attended = self.attention(normed_TD, *here, count_received=self.counts_received)
         return attended
 
     def _feed(self, x_TD: Tensor, stream: Stream, context: Context) -> tuple[Tensor, Routed | None]:

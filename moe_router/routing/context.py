@@ -43,12 +43,15 @@ class Context:
     ledger: counts executed FLOPs, if given.
     observe: called with (layer, choice, plan) once a routed layer has planned.
     memory: set under activation checkpointing.
+    step: optimizer steps before this one, for what changes in the course of training; None: it is
+        over.
     """
 
     key: NoiseKey = field(default_factory=NoiseKey)
     ledger: Ledger | None = None
     observe: Observe | None = None
     memory: PlanMemory | None = None
+    step: int | None = None
 
     def held(self, name: str) -> Any:
         """What `recall` returned under `name` when this pass ran first; None in that run."""

@@ -51,6 +51,7 @@ class DepthRouter(nn.Module):
 
     def __init__(self, dim: int, config: RoutingConfig) -> None:
         super().__init__()
+        assert config.router != "attention"  # it has no score of its own
         self.score = make_score(dim, 1, config.router, config.router_hidden)
         self.bias = nn.Parameter(torch.zeros(1))
         self.requires_grad_(not config.frozen)
@@ -69,32 +70,38 @@ def flops_of(router: nn.Module, tokens: int) -> int:
 
 
 def keep_best(
-    logit_T: Tensor, offsets_B1: Tensor, lengths: Sequence[int], keep: float, always: int = 0
+    logit_T: Tensor, offsets_B1: Tensor, lengths: Sequence[int], keep: float, least: int = 0
 ) -> Kept:
     """The tokens of highest logit, a fraction `keep` of each sequence, rounded up.
 
     Args:
         lengths: of the sequences, on the host, so that nothing waits for the device.
-        always: first tokens of a sequence that are kept whatever their logit.
+        least: tokens of a sequence to keep, if it has so many.
     """
     # 0.6 means 3/5: in floats, 0.6 of 5 tokens is rounded up to 4
     share = Fraction(str(keep))
-    kept = [min(n, max(math.ceil(share * n), always)) for n in lengths]
-    ranked_T = logit_T.detach()
-    if always:
-        token_T = torch.arange(ranked_T.numel(), device=ranked_T.device)
-        start_T = offsets_B1[reference.sequence_of(offsets_B1, ranked_T.numel())]
-        ranked_T = ranked_T.masked_fill(token_T - start_T < always, math.inf)
-    return keep_counted(ranked_T, offsets_B1, kept)
+    kept = [min(n, max(math.ceil(share * n), least)) for n in lengths]
+    return keep_counted(logit_T.detach(), offsets_B1, kept)
 
 
 def keep_counted(logit_T: Tensor, offsets_B1: Tensor, kept: Sequence[int]) -> Kept:
     """So many tokens of each sequence, those of highest logit; of equal ones the earlier."""
-    kept_B = torch.tensor(kept, dtype=torch.int32).to(logit_T.device, non_blocking=True)
-    taken_T1 = select_top_c(logit_T[:, None], offsets_B1, kept_B)
+    taken_T1 = best(logit_T, offsets_B1, kept)[:, None]
     sequence_T = reference.sequence_of(offsets_B1, logit_T.numel())
     target_T1 = torch.where(taken_T1, sequence_T[:, None], -1).int()
     return _kept(target_T1, tuple(kept))
+
+
+def best(logit_T: Tensor, offsets_B1: Tensor, count: Sequence[int]) -> Tensor:
+    """(T,) bool: so many tokens of each sequence, on the host; of equal ones the earlier."""
+    count_B = torch.tensor(count, dtype=torch.int32).to(logit_T.device, non_blocking=True)
+    return select_top_c(logit_T[:, None], offsets_B1, count_B)[:, 0]
+
+
+def keep_all(lengths: Sequence[int], offsets_B1: Tensor) -> Kept:
+    """Every token."""
+    sequence_T = reference.sequence_of(offsets_B1, sum(lengths))
+    return Kept(sequence_T[:, None], every_token(lengths, offsets_B1.device), tuple(lengths))
 
 
 def keep_where(keep_T: Tensor, offsets_B1: Tensor) -> Kept:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe_router.errors import NonFiniteError
+
 
 def first_cause(model: nn.Module, ranks: int, forward_again: Callable[[], None]) -> str:
     """The first cause, the same on every rank; all of them must ask.
@@ -31,6 +33,15 @@ def first_cause(model: nn.Module, ranks: int, forward_again: Callable[[], None])
     bad = [i for i, (_, grad) in enumerate(backward) if grad is not None and not _finite(grad)]
     gradient = _least(bad, len(backward), ranks)
     return f"gradient of {backward[gradient][0]}" if gradient < len(backward) else "loss"
+
+
+def not_finite(step: int, loss: float, norm: float, cause: str) -> NonFiniteError:
+    """What to say of the step after `step`, which is not taken."""
+    return NonFiniteError(
+        f"step {step + 1}: loss {loss:.6g}, gradient norm {norm:.6g}; the first that is "
+        f"not finite is the {cause}; the weights are those of step {step}: lower "
+        "train.lr or raise train.warmup, and go on from the last checkpoint"
+    )
 
 
 class _Watch:

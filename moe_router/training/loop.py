@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from moe_router.config import Config
-from moe_router.errors import NonFiniteError
 from moe_router.models import ClassifierOutput, LMOutput, token_loss
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.observability.trace import Recorder
@@ -21,7 +20,7 @@ from moe_router.training.build import build_model, repeat_bitwise
 from moe_router.training.checkpoint import CheckpointWriter, read_checkpoint
 from moe_router.training.checkpoint_files import drop_leftovers
 from moe_router.training.data import AnyDataset, Batch, load_dataset, train_batch
-from moe_router.training.diagnose import first_cause
+from moe_router.training.diagnose import first_cause, not_finite
 from moe_router.training.evaluate import evaluate
 from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step
 from moe_router.training.parallel import Ownership, local_gradients, moe_layers, share_gradients
@@ -194,7 +193,8 @@ class Trainer:
             before = micro.key.step % self.config.train.accumulation * batch.tokens
             recorder.begin(batch.shown_T, batch.position_T, before + batch.first_token)
         with watched(self._moes, tally.probe):
-            output = self._forward(batch, Context(micro.key, tally.ledger, recorder))
+            context = Context(micro.key, tally.ledger, recorder, step=self.step)
+            output = self._forward(batch, context)
         cross_entropy = token_loss(output.logits, batch.target_N)
         loss = cross_entropy / batch.targets + self.model.aux_loss(output)
         (loss / self.config.train.accumulation).backward()  # type: ignore[no-untyped-call]
@@ -240,12 +240,8 @@ class Trainer:
     def _refuse(self, micros: list[_Micro], loss: float, norm: float) -> None:
         def forward_again() -> None:
             for micro in micros:
-                self._forward(micro.batch, Context(micro.key))
+                self._forward(micro.batch, Context(micro.key, step=self.step))
 
         cause = first_cause(self.model, self.ranks, forward_again)
         self._optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(
-            f"step {self.step + 1}: loss {loss:.6g}, gradient norm {norm:.6g}; the first that is "
-            f"not finite is the {cause}; the weights are those of step {self.step}: lower "
-            "train.lr or raise train.warmup, and go on from the last checkpoint"
-        )
+        raise not_finite(self.step, loss, norm, cause)

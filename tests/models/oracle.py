@@ -15,27 +15,37 @@ def norm(layer, x):
     return F.rms_norm(x, layer.weight.shape, layer.weight, layer.eps)
 
 
-def attention(layer, x_SD, turn, seen_SS):
-    """Softmax attention of one sequence under a mask; a query that sees no key gets 0."""
+def attention(layer, x_SD, turn, seen_SS, mass_S=None):
+    """Softmax attention of one sequence under a mask; a query that sees no key gets 0. Also what
+    comes to each token. A key of mass m counts m times."""
     q, k, v = (f(x_SD).unflatten(-1, (-1, layer.channels)) for f in (layer.q, layer.k, layer.v))
     q, k = (rotate(x, turn).to(v.dtype) for x in (q, k))
     groups = q.size(1) // k.size(1)
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     score_HSS = torch.einsum("shc,thc->hst", q, k) * layer.channels**-0.5
+    mass_S = torch.ones_like(x_SD[:, 0]) if mass_S is None else mass_S
+    score_HSS = score_HSS + mass_S.log()
     weight_HSS = score_HSS.masked_fill(~seen_SS, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return layer.o(torch.einsum("hst,thc->shc", weight_HSS, v).flatten(1))
+    received_S = torch.einsum("hst,s->t", weight_HSS, mass_S) / len(weight_HSS)
+    return layer.o(torch.einsum("hst,thc->shc", weight_HSS, v).flatten(1)), received_S
 
 
 def block_delta(block, x_SD, position_S, turn, keep_S, *, causal=True):
     """What the block adds when only the kept tokens exist for it."""
+    return block_both(block, x_SD, position_S, turn, keep_S, causal=causal)[0]
+
+
+def block_both(block, x_SD, position_S, turn, keep_S, mass_S=None, *, causal=True):
+    """What the block adds, and how much of its attention comes to each token."""
     seen_SS = torch.ones(len(x_SD), len(x_SD), dtype=torch.bool)
     seen_SS = (seen_SS.tril() if causal else seen_SS) & keep_S
-    attended = attention(block.attention, norm(block.attention_norm, x_SD), turn, seen_SS)
+    normed = norm(block.attention_norm, x_SD)
+    attended, received_S = attention(block.attention, normed, turn, seen_SS, mass_S)
     normed = norm(block.mlp_norm, x_SD + attended)
     if block.moe is None:
-        return attended + block.mlp(normed)
+        return attended + block.mlp(normed), received_S
     offsets = torch.tensor([0, len(x_SD)], dtype=torch.int32)
-    return attended + block.moe(Tokens(normed, position_S, offsets)).delta_TD
+    return attended + block.moe(Tokens(normed, position_S, offsets)).delta_TD, received_S
 
 
 def turn_of(model, position_S):
@@ -85,7 +95,7 @@ def halt_logits(model, ids_S):
         if not last:
             logit_S = model.halts[str(i)].router(x_SD, position_S) + config.start
             p_S = logit_S.sigmoid()
-        halts_S = going_S & (last | (total_S + p_S >= config.threshold))
+        halts_S = going_S & (last | (total_S + p_S >= config.cut))
         weight_S = torch.where(halts_S, 1 - total_S, p_S) * going_S
         ponder_S = ponder_S + going_S + torch.where(halts_S, 1 - total_S, 0.0)
         total_S = total_S + weight_S
@@ -94,25 +104,55 @@ def halt_logits(model, ids_S):
     return F.linear(norm(model.norm, out_SD), model.embed.weight), torch.stack(ran), ponder_S
 
 
-def class_logits(model, ids_S):
-    """(C,) logits of one text, and which tokens each block computed (L, S), with pruning."""
-    S, routing = len(ids_S), model.config.routing
+def class_logits(model, ids_S, *, soft=False):
+    """(C,) logits of one text, and which tokens each block computed (L, S), with pruning.
+
+    Args:
+        soft: nobody leaves yet; tokens weigh less.
+    """
+    S = len(ids_S)
     position_S = torch.arange(S, dtype=torch.int32)
     turn = turn_of(model, position_S)
     x_SD, ran = model.embed(ids_S), []
     there_S, mass_S = torch.ones(S, dtype=torch.bool), torch.ones(S, dtype=x_SD.dtype)
     for i, block in enumerate(model.blocks):
         ran.append(there_S)
-        delta_SD = block_delta(block, x_SD, position_S, turn, there_S, causal=False)
+        # who is not there has mass 0, and no gradient through its logarithm
+        seen_S = torch.where(there_S, mass_S, 1.0) * there_S if block.weighs else there_S.double()
+        delta_SD, received_S = block_both(
+            block, x_SD, position_S, turn, there_S, seen_S.clamp(min=1e-300), causal=False
+        )
         x_SD = torch.where(there_S[:, None], x_SD + delta_SD, x_SD)
         if str(i) in model.prunes:
-            logit_S = model.prunes[str(i)].router(x_SD, position_S)
-            rank_S = logit_S.masked_fill(~there_S, -torch.inf)
-            rank_S = rank_S.masked_fill(position_S == 0, torch.inf)  # the first one never leaves
-            count = math.ceil(Fraction(str(routing.keep)) * int(there_S.sum()))
-            best = rank_S.argsort(descending=True, stable=True)[: max(count, 1)]
-            there_S = torch.zeros_like(there_S).index_fill(0, best, True)
-            mass_S = mass_S * logit_S.sigmoid()
-    weight_S = mass_S * there_S
+            there_S, weight_S = survivors(
+                model.prunes[str(i)], x_SD, position_S, there_S, received_S, soft
+            )
+            mass_S = mass_S * weight_S
+    weight_S = torch.where(there_S, mass_S, 0.0)
     pooled_D = weight_S @ norm(model.norm, x_SD) / weight_S.sum()
     return model.head(pooled_D), torch.stack(ran)
+
+
+def survivors(prune, x_SD, position_S, there_S, received_S, soft):
+    """Who is there after a block, and by what its mass changes."""
+    config = prune.config
+    if config.router == "attention":
+        rank_S = value_S = received_S + prune.router.bias
+    else:
+        rank_S = prune.router(x_SD, position_S)
+        value_S = rank_S.sigmoid()
+    rank_S = rank_S.masked_fill(~there_S, -torch.inf)
+    rank_S = rank_S.masked_fill(position_S < config.protect, torch.inf)
+    order = rank_S.argsort(descending=True, stable=True)
+
+    def first(count):
+        count = min(max(count, config.protect, config.min_keep), int(there_S.sum()))
+        return torch.zeros_like(there_S).index_fill(0, order[:count], True)
+
+    if config.decide == "top":
+        return first(math.ceil(Fraction(str(config.keep)) * int(there_S.sum()))), value_S
+    stay_S = there_S & ((value_S > config.cut) | first(0))
+    soft_S = torch.where(first(0), 1.0, ((value_S - config.cut) / config.temperature).sigmoid())
+    if not prune.training:
+        return stay_S, torch.ones_like(soft_S)
+    return (there_S, soft_S) if soft else (stay_S, 1 + soft_S - soft_S.detach())

@@ -1,5 +1,7 @@
 """The text classifier: packed equals alone, pruned equals masked, every token sees its text."""
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,11 +11,13 @@ from hypothesis import strategies as st
 
 from moe_router import Context, Ledger
 from moe_router.config import RoutingConfig
+from moe_router.errors import ConfigError
 from tests.models.helpers import VOCAB, packed, small_model
 from tests.models.oracle import class_logits
 
 LENGTHS = [5, 1, 9, 3, 12]
 PRUNE = {"kind": "prune", "keep": 0.5, "every": 1, "first": 0}
+THRESHOLD = {"kind": "prune", "decide": "threshold", "every": 1, "first": 0}
 DEPTH = {
     "none": None,
     "prune": PRUNE,
@@ -21,6 +25,11 @@ DEPTH = {
     "prune_most": PRUNE | {"keep": 0.1},
     "prune_mlp": PRUNE | {"router": "mlp", "router_hidden": 8},
     "prune_position": PRUNE | {"router": "position", "router_hidden": 4},
+    "prune_received": PRUNE | {"router": "attention"},
+    "threshold": THRESHOLD,
+    "threshold_high": THRESHOLD | {"threshold": 0.9, "protect": 0, "min_keep": 2},
+    "threshold_sinks": THRESHOLD | {"protect": 4, "threshold": 0.7, "every": 2},
+    "threshold_received": THRESHOLD | {"router": "attention", "threshold": 0.97},
 }
 OTHER = {
     "skip": {"kind": "skip", "keep": 0.5, "every": 2, "first": 1},
@@ -39,20 +48,18 @@ def texts(ids_T, offsets_B1):
     return [ids_T[a:b] for a, b in pairwise(offsets_B1.tolist())]
 
 
-@pytest.mark.parametrize("moe", MOE)
-@pytest.mark.parametrize("depth", DEPTH)
-def test_executed_equals_masked_forward_and_backward(depth, moe):
-    model = classifier(depth, moe).double()
+def equals_masked(model, context, **how):
+    """Values, gradients and, of a dense model, FLOPs; returns the share of blocks that ran."""
     ids_T, position_T, offsets_B1 = packed(LENGTHS)
     ledger = Ledger()
-    output = model(ids_T, position_T, offsets_B1, context=Context(ledger=ledger))
-    parts = [class_logits(model, ids_S) for ids_S in texts(ids_T, offsets_B1)]
+    output = model(ids_T, position_T, offsets_B1, context=replace(context, ledger=ledger))
+    parts = [class_logits(model, ids_S, **how) for ids_S in texts(ids_T, offsets_B1)]
     wanted_BC = torch.stack([logits for logits, _ in parts]).float()
     assert output.logits_BC.dtype == torch.float32
     torch.testing.assert_close(output.logits_BC, wanted_BC, rtol=1e-5, atol=1e-6)
-    if depth != "none" and moe == "dense":
-        ran, row = sum(int(ran.sum()) for _, ran in parts), 6 * 16 * 24
-        assert ran < 4 * sum(LENGTHS)
+    ran = sum(int(ran.sum()) for _, ran in parts)
+    if model.config.routing is not None and model.config.moe is None:
+        row = 6 * 16 * 24
         assert ledger.by_op()["mlp"] == (ran * row, 4 * sum(LENGTHS) * row)
     probe_BC = torch.randn(wanted_BC.shape, generator=torch.Generator().manual_seed(1))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -61,10 +68,62 @@ def test_executed_equals_masked_forward_and_backward(depth, moe):
         for out in (output.logits_BC, wanted_BC)
     )
     for (name, _), a, b in zip(named, ours, theirs, strict=True):
-        # a router of balance alone is in neither graph
-        assert (a is None) == (b is None), name
+        # a router of balance alone is in neither graph; one that only evaluates is in one
+        if model.training:
+            assert (a is None) == (b is None), name
         if a is not None:
             torch.testing.assert_close(a.double(), b.double(), msg=name)
+    return ran / (4 * sum(LENGTHS))
+
+
+@pytest.mark.parametrize("moe", MOE)
+@pytest.mark.parametrize("depth", DEPTH)
+def test_executed_equals_masked_forward_and_backward(depth, moe):
+    share = equals_masked(classifier(depth, moe).double(), Context())
+    assert share == 1 if depth == "none" else 0.2 < share < 1  # the test shows something
+
+
+@pytest.mark.parametrize("depth", [name for name in DEPTH if name.startswith("threshold")])
+def test_a_soft_threshold_weighs_tokens_and_a_hard_one_lets_them_go(depth):
+    model = classifier(depth).double()
+    model.config = replace(model.config, routing=replace(model.config.routing, soft_steps=3))
+    for prune in model.prunes.values():
+        prune.config = model.config.routing
+    assert equals_masked(model, Context(step=2), soft=True) == 1  # 0 saved: every token was there
+    hard = equals_masked(model, Context(step=3))
+    assert hard < 1
+    assert equals_masked(model.eval(), Context(step=2)) == hard
+
+
+@torch.no_grad()
+def test_protected_tokens_and_the_least_number_stay_whatever_the_threshold():
+    for more in ({"protect": 3}, {"protect": 0, "min_keep": 3}):
+        model = classifier("threshold").eval()
+        for prune in model.prunes.values():
+            prune.config = replace(prune.config, threshold=1.0, **more)  # nobody is above it
+        seen = []
+        context = Context(observe=lambda i, c, p, s=seen: s.append(c.target_TK[:, 0] >= 0))
+        model(*packed(LENGTHS), context=context)
+        parts = seen[-1].split(LENGTHS)
+        assert [int(part.sum()) for part in parts] == [min(n, 3) for n in LENGTHS]
+        assert all(part[:3].all() for part in parts) == ("protect" in more and more["protect"] == 3)
+
+
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        (THRESHOLD | {"threshold": 0.0}, "routing.threshold=0.0: want 0 < threshold <= 1, or null"),
+        (THRESHOLD | {"temperature": 0.0}, "routing.temperature=0.0: want above 0"),
+        (THRESHOLD | {"min_keep": 0}, "routing.min_keep=0: want at least 1 token"),
+        (THRESHOLD | {"protect": -1}, "routing.protect=-1: want 0 or more tokens"),
+        ({"kind": "halt", "decide": "threshold"}, "decide=threshold: want top, or model.routing."),
+        ({"kind": "skip", "router": "attention"}, "router=attention: want linear, mlp or position"),
+    ],
+)
+def test_a_bad_config_is_one_line(routing, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        RoutingConfig(**routing)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("moe", MOE)

@@ -28,6 +28,13 @@ VARIANTS = {
     "dense": {"moe": None},
     "prune": {"moe": None, "routing": PRUNE},
     "prune_experts": {"routing": PRUNE | {"keep": 0.7}},
+    # some steps soft, then hard
+    "threshold": {
+        "moe": None,
+        "routing": PRUNE
+        | {"decide": "threshold", "router": "attention", "threshold": 1.0}
+        | {"soft_steps": 3},
+    },
     # by position: of two neighbours that are the same byte, rounding would decide who is kept
     "skip": {"moe": None, "routing": {"kind": "skip", "router": "position"}},
     "halt": {"moe": None, "routing": {"kind": "halt", "start": -1.0, "every": 1, "first": 0}},
@@ -103,7 +110,7 @@ def test_accumulation_is_the_same_step_in_less_memory(texts):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", ["dense", "prune_experts"])
+@pytest.mark.parametrize("name", ["dense", "prune_experts", "threshold"])
 def test_resume_is_bitwise(texts, name, ranks, tmp_path):
     config = config_of(texts, name)
     straight = run_ranks(ranks, work.save_at, config, str(tmp_path), 2, 4)
@@ -162,6 +169,12 @@ def test_it_learns_what_can_be_told_apart(texts, name):
 def test_pruning_saves_what_it_does_not_compute(texts):
     record = Trainer(config_of(texts, "prune")).train_step()
     assert 0.5 < record.executed_flops / record.dense_flops < 0.85
+
+
+def test_a_soft_threshold_saves_nothing_and_a_hard_one_does(texts):
+    trainer = Trainer(config_of(texts, "threshold"))
+    shares = [r.executed_flops / r.dense_flops for r in (trainer.train_step() for _ in range(4))]
+    assert min(shares[:3]) > 1 and 0.3 < shares[3] < 0.95  # the router costs something
 
 
 @pytest.mark.parametrize(
