@@ -169,12 +169,17 @@ class ClusterConfig:
     wait_s: float = 600.0  # for nodes that join the cluster at `address`; 0 refuses at once
     timeout_s: float = 120.0  # of a collective, and of an actor that does not answer
     max_recoveries: int = 10  # lost actors after which the run gives up
+    replicate_every: int = 0  # steps between replicas in peers' memory; 0: none
+    spare_s: float = 60.0  # to wait for a lost actor's new place; then fewer actors go on
     transport: Transport = "auto"  # how tokens reach experts of other actors, in training
     row_bound: float = 2.0  # rows of a static transport, as a multiple of the mean load
 
     def __post_init__(self) -> None:
         require(self.actors >= 1, "cluster.actors", self.actors, "at least 1")
         require(self.wait_s >= 0, "cluster.wait_s", self.wait_s, "0 seconds or more")
+        every = self.replicate_every
+        require(every >= 0, "cluster.replicate_every", every, "0 or more steps")
+        require(self.spare_s > 0, "cluster.spare_s", self.spare_s, "above 0 seconds")
         require(self.timeout_s > 0, "cluster.timeout_s", self.timeout_s, "above 0 seconds")
         require(self.row_bound >= 1, "cluster.row_bound", self.row_bound, "at least 1, the mean")
 

@@ -15,6 +15,7 @@ class Recovery:
     step: steps committed when it happened.
     from_step: where all ranks went on from.
     seconds: from the loss until every rank stood at from_step in the new generation.
+    fewer: ranks that go on, where there was no place for as many as before.
     """
 
     actors: list[int]
@@ -25,12 +26,14 @@ class Recovery:
     seconds: float
     generation: int
     reason: str
+    fewer: int | None = None
 
     def __str__(self) -> str:
         who = f"actor{'s' * (len(self.actors) > 1)} {', '.join(map(str, self.actors))}"
         what = "killed" if self.killed else "lost"
         spot = f"{what} at step {self.step}, recovered in {self.seconds:.1f} s"
-        return f"{who if self.actors else 'connection'} {spot}"
+        rest = "" if self.fewer is None else f"; no place for more, {self.fewer} go on"
+        return f"{who if self.actors else 'connection'} {spot}{rest}"
 
 
 @dataclass

@@ -12,13 +12,14 @@ from typing import Any
 import ray
 
 from moe_router.config import Config
-from moe_router.errors import ClusterError, PeerLostError
+from moe_router.errors import CheckpointError, ClusterError, PeerLostError
 from moe_router.observability.event_log import EventLog, Fact
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.serving.decoder import Decoder
 from moe_router.serving.requests import Event, Work
+from moe_router.training.checkpoint import CheckpointWriter
 from moe_router.training.checkpoint_files import read_about
-from moe_router.training.checkpoint_store import open_store
+from moe_router.training.checkpoint_store import Store, open_store
 from moe_router.training.data import AnyDataset, load_dataset
 from moe_router.training.inference import load_for_inference
 from moe_router.training.loop import Trainer
@@ -26,6 +27,7 @@ from moe_router.training.share import agreed, facts
 from moe_router_cluster.gating_actor import Reporter
 from moe_router_cluster.journal import LOGS
 from moe_router_cluster.member import Member
+from moe_router_cluster.replicas import SCHEME, ReplicaStore
 
 _ray: Any = ray  # half of its functions have no types
 
@@ -48,6 +50,8 @@ class ExpertShard(Member):
         self._dataset: AnyDataset | None = None
         self._trainer: Trainer | None = None
         self._reporter: Reporter | None = None
+        self._replicas: ReplicaStore | None = None
+        self._copier: CheckpointWriter | None = None  # of replicas
         self._decoder: Decoder | None = None
         self._facts: dict[str, Any] = {}
 
@@ -58,6 +62,10 @@ class ExpertShard(Member):
             CheckpointError: the disk refused the checkpoint that was being written.
         """
         trainer, self._trainer, self._reporter = self._trainer, None, None
+        copier, self._copier = self._copier, None
+        if copier is not None:
+            with suppress(PeerLostError, CheckpointError):  # the one before is there
+                copier.wait()
         if trainer is not None:
             with suppress(PeerLostError):  # a checkpoint that ranks are missing from
                 trainer.close()
@@ -81,9 +89,11 @@ class ExpertShard(Member):
                 dataset=self._dataset,
                 run_dir=self._run_dir,
             )
+            if self._replicas is not None:
+                where = (self._rank, self._ranks, self._config)
+                self._copier = CheckpointWriter(*where, self._replicas)
             if step_dir is not None:
-                store = open_store(self._config, self._run_dir, self._rank)
-                with store.local(step_dir) as folder:
+                with self._store_of(step_dir).local(step_dir) as folder:
                     self._trainer.restore(folder)
             self._note("restored", checkpoint=step_dir)
             return self._trainer.step
@@ -108,6 +118,23 @@ class ExpertShard(Member):
         self._epoch = epoch
         state_of_first = state if self._rank == 0 else None
         self._reporter = Reporter(service, self._rank, epoch, state_of_first)
+
+    def keep_replicas(self, holders: list[Any]) -> None:
+        """From the next `restore` on, `replicate` sends to these, one a rank."""
+        self._replicas = ReplicaStore(holders, self._run_dir, self._rank)
+
+    def replicate(self) -> None:
+        """Send this step to memory elsewhere while training goes on. A lost holder costs nothing
+        but the replica: the next one is tried again."""
+        copier = self._copier
+        if copier is None:
+            raise ClusterError(f"rank {self._rank}: nobody holds replicas; call keep_replicas")
+        trainer = self._ready()
+        with self._peers_may_be_lost():
+            try:
+                copier.save(self._run_dir, trainer.step, trainer.state(), wait=False)
+            except CheckpointError as error:
+                self._note("no replica", reason=str(error))
 
     def evaluate(self) -> EvalRecord:
         with self._peers_may_be_lost():
@@ -146,6 +173,11 @@ class ExpertShard(Member):
     def routers(self) -> dict[str, Any]:
         """What a gating service publishes of the served model; see `facts`."""
         return self._facts
+
+    def _store_of(self, step: str) -> Store:
+        if self._replicas is not None and step.startswith(SCHEME):
+            return self._replicas
+        return open_store(self._config, self._run_dir, self._rank)
 
     def _go_to_folder(self) -> None:
         if os.path.isdir(self._folder):

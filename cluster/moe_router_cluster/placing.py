@@ -8,7 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from moe_router.config import ClusterConfig
 from moe_router.errors import ClusterError
@@ -47,6 +51,18 @@ def place(cluster: ClusterConfig, device: str, say: Callable[[str], None]) -> An
     except BaseException:  # also an interrupt: who waits no longer asks no longer
         remove_placement_group(group)
         raise
+
+
+def missing_bundles(group: Any, patience_s: float) -> set[int]:
+    """Bundles of a placed group whose node was lost and which found no other within patience_s."""
+    until = time.monotonic() + patience_s
+    while (table := placement_group_table(group))["state"] != "CREATED":
+        if time.monotonic() > until:
+            alive = {node["NodeID"] for node in _ray.nodes() if node["Alive"]}
+            at = table["bundles_to_node_id"]
+            return {bundle for bundle, node in at.items() if node not in alive}
+        time.sleep(_LOOK_S)
+    return set()
 
 
 def _placed(group: Any, patience_s: float) -> bool:

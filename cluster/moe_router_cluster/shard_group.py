@@ -16,9 +16,11 @@ from ray.util.scheduling_strategies import (
 )
 
 from moe_router.config import Config
+from moe_router.errors import ClusterError
 from moe_router_cluster.calls import Waiting
 from moe_router_cluster.expert_shard import ExpertShardActor
-from moe_router_cluster.placing import place
+from moe_router_cluster.placing import missing_bundles, place
+from moe_router_cluster.replicas import ReplicaStore, place_holders
 from moe_router_cluster.resources import Resources, actor_environment, pick_device
 from moe_router_cluster.shared_folder import require_shared
 
@@ -58,6 +60,8 @@ class ShardGroup:
         self._placement: Any = None
         self._shards: list[Any] = []
         self._homes: list[tuple[str, int] | None] = []  # node id and pid of each rank
+        self._bundles = list(range(self.ranks))  # of the placement group, one a rank
+        self._holders: list[Any] = []  # of replicas
         self._here = ray.get_runtime_context().get_node_id()
         self._local = config.cluster.address is None
 
@@ -74,7 +78,7 @@ class ShardGroup:
             ClusterError: the cluster has no room for the actors.
         """
         self._placement = place(self._config.cluster, self.device, say)
-        self._shards = [self._spawn(rank) for rank in range(self.ranks)]
+        self._shards = [self._spawn(bundle) for bundle in self._bundles]
         self._homes = [None] * self.ranks
         return self.form(step_dir)
 
@@ -102,8 +106,14 @@ class ShardGroup:
             for rank, shard in enumerate(self._shards)
         ]
         self.gather(calls)
+        if self._config.cluster.replicate_every and self._bring == "restore":
+            self._hold(nodes)
         steps: list[int] = self.ask(self._bring, None if step_dir is None else str(step_dir))
         return steps[0]
+
+    def latest_replica(self) -> str | None:
+        """The newest step that is whole in the memory of the holders, for `form`."""
+        return ReplicaStore(self._holders, self._run_dir).latest() if self._holders else None
 
     def submit(self, method: str, *args: Any) -> list[Any]:
         """Ask every rank without waiting."""
@@ -134,12 +144,41 @@ class ShardGroup:
         for rank in gone:
             self._end(rank)
         for rank in gone:
-            self._shards[rank] = self._spawn(rank)
+            self._shards[rank] = self._spawn(self._bundles[rank])
             self._homes[rank] = None
+        spare_s = self._config.cluster.spare_s
+        missing = missing_bundles(self._placement, spare_s)
+        self._go_on_with_fewer({rank for rank in gone if self._bundles[rank] in missing})
         # an actor without a home has just been made, and is in no generation yet
         staying = {r: self._shards[r] for r, home in enumerate(self._homes) if home is not None}
         # a checkpoint that they were writing with the lost ones may hang
         self._wait({r: shard.leave.remote() for r, shard in staying.items()}, LEAVE_S)
+
+    def _go_on_with_fewer(self, missing: set[int]) -> None:
+        """As many ranks as there is room for and as divide the batch; experts are placed anew."""
+        if not missing:
+            return
+        train, left = self._config.train, [r for r in range(self.ranks) if r not in missing]
+        rows = train.batch // train.accumulation
+        ranks = max((n for n in range(1, len(left) + 1) if rows % n == 0), default=0)
+        if not ranks:
+            raise ClusterError(
+                f"no room for any actor within cluster.spare_s={self._config.cluster.spare_s:g}: "
+                "want nodes, then the same command; it goes on from the newest checkpoint"
+            )
+        for rank in set(range(self.ranks)) - set(left[:ranks]):
+            self._end(rank)
+        self._shards = [self._shards[rank] for rank in left[:ranks]]
+        self._homes = [self._homes[rank] for rank in left[:ranks]]
+        self._bundles = [self._bundles[rank] for rank in left[:ranks]]
+        self.ranks = ranks
+
+    def _hold(self, nodes: list[str]) -> None:
+        """Holders of replicas, made once; every generation is told of them."""
+        if not self._holders:
+            environment = actor_environment(self._config.cluster, "cpu")
+            self._holders = place_holders(nodes, environment)
+        self.ask("keep_replicas", self._holders)
 
     def kill(self, rank: int) -> None:
         """SIGKILL the process of `rank`, wherever it is, even if it is frozen."""
@@ -159,7 +198,9 @@ class ShardGroup:
         """End every actor and give their resources back."""
         for rank in range(len(self._shards)):
             self._end(rank)
-        self._shards, self._homes = [], []
+        for holder in self._holders:
+            ray.kill(holder, no_restart=True)
+        self._shards, self._homes, self._holders = [], [], []
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
@@ -173,12 +214,12 @@ class ShardGroup:
         silence_s = self._config.cluster.timeout_s if silence_s is None else silence_s
         return Waiting(self._shards, refs, silence_s, patience_s).answers()
 
-    def _spawn(self, rank: int) -> Any:
+    def _spawn(self, bundle: int) -> Any:
         return ExpertShardActor.options(
             num_cpus=self._config.cluster.cpus_per_actor,
             num_gpus=1 if self.device == "cuda" else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._placement, placement_group_bundle_index=rank
+                self._placement, placement_group_bundle_index=bundle
             ),
             runtime_env={"env_vars": actor_environment(self._config.cluster, self.device)},
         ).remote(self._config, str(self._run_dir), self.device, os.getcwd())

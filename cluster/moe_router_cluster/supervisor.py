@@ -23,6 +23,7 @@ CHUNK_S = 0.5  # one call: long enough that calls cost nothing, short enough for
 
 class Group(Protocol):
     generation: int
+    ranks: int
 
     def form(self, step_dir: Path | str | None) -> int: ...
     def submit(self, method: str, *args: Any) -> list[Any]: ...
@@ -98,6 +99,8 @@ class Supervisor:
             self._chunk()
             if self._is_due(self._train.checkpoint_every):
                 self._save(wait=done.step == self._train.steps)
+            elif (every := self._config.cluster.replicate_every) and done.step % every == 0:
+                self._group.ask("replicate")  # after a save it would only say the same
         if done.saved < done.step:
             self._save(wait=True)
         return False
@@ -131,7 +134,8 @@ class Supervisor:
         stops = [self._train.steps]
         if self._kill is not None and self._kill.step > step:
             stops.append(self._kill.step)
-        for every in (self._train.checkpoint_every, self._train.eval_every):
+        train, replicate_every = self._train, self._config.cluster.replicate_every
+        for every in (train.checkpoint_every, train.eval_every, replicate_every):
             if every > 0:
                 stops.append(step + every - step % every)
         wished = max(1, int(CHUNK_S / self._step_s)) if self._step_s > 0 else 1
@@ -167,6 +171,7 @@ class Supervisor:
         victim, at, began = self._killed or (None, done.step, time.monotonic())
         reason, actors = str(lost), set[int]()
         replaced: set[int] = set()
+        before = self._group.ranks
         while True:
             actors |= lost.ranks
             replaced |= lost.ranks | lost.stuck
@@ -186,10 +191,11 @@ class Supervisor:
             seconds=round(time.monotonic() - began, 3),
             generation=self._group.generation,
             reason=reason,
+            fewer=self._group.ranks if self._group.ranks < before else None,
         )
         done.recoveries.append(recovery)
         done.evals = {at: record for at, record in done.evals.items() if at <= step}
-        done.step = done.saved = step
+        done.step, done.saved = step, min(done.saved, step)  # a replica is on no disk
         self._killed = None
         self._writer.rewind(step)
         self._view.say(str(recovery), style="bold yellow")

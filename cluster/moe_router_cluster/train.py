@@ -147,10 +147,13 @@ class _Run:
     def _supervise(
         self, group: "ShardGroup", agreement: "Agreement", step: int, text: _Text
     ) -> tuple[bool, Progress]:
+        from moe_router_cluster.replicas import newest
+
         config, path = self.config, self.folder.path
         steps, actors = config.train.steps, config.cluster.actors
         journal = Journal(path, step)
         journal.say("started", actors=actors, device=group.device, generation=group.generation)
+        store = open_store(config, path)
         view = View(self.console, steps=steps, bytes_per_token=text.bytes_per_token, actors=actors)
         with MetricsWriter(path, config.run, resume_from=step) as writer, view:
             if step:
@@ -162,7 +165,7 @@ class _Run:
                 view,
                 self.interrupts,
                 step=step,
-                latest=open_store(config, path).latest,
+                latest=lambda: newest(store.latest(), group.latest_replica()),
                 agree=agreement.agree,
                 kill=self.kill,
                 observers=(journal, self._meters(group, text)),

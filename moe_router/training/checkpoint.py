@@ -47,10 +47,12 @@ class CheckpointWriter:
     Args:
         rank, ranks: of the default group; every rank makes a writer, at the same point.
         config: of the run; kept in state.json.
+        store: where to; default: where `run.storage` says.
     """
 
-    def __init__(self, rank: int, ranks: int, config: Config) -> None:
+    def __init__(self, rank: int, ranks: int, config: Config, store: Store | None = None) -> None:
         self.rank, self.ranks = rank, ranks
+        self._store = store
         self._config = config
         # a frozen rank must not hold the others longer here than it does in a step
         patience = timedelta(seconds=config.cluster.timeout_s)
@@ -90,7 +92,7 @@ class CheckpointWriter:
 
     def _run(self, run_dir: Path, step: int, snapshot: Snapshot) -> None:
         try:
-            store = open_store(self._config, run_dir, self.rank)
+            store = self._store or open_store(self._config, run_dir, self.rank)
             with peers_may_be_lost(f"rank {self.rank}, writing {store.where(step)}"):
                 self._write(store, run_dir, step, snapshot)
         except Exception as error:  # whatever it is, `wait` raises it in the thread that trains

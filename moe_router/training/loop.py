@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moe_router.config import Config
 from moe_router.models import ClassifierOutput, LMOutput, token_loss
@@ -96,17 +97,12 @@ class Trainer:
             return evaluate(self.model, self.dataset, self.config, self.step, *where)
 
     def save(self, run_dir: Path, *, wait: bool = False) -> None:
-        """Write run_dir/step_N in the background; on all ranks.
+        """Write run_dir/step_N, on all ranks, in the background; see `CheckpointWriter.save`."""
+        self._writer.save(run_dir, self.step, self.state(), wait=wait)
 
-        Args:
-            wait: return only when it is in place.
-
-        Raises:
-            CheckpointError: this write (wait) or the one before it failed.
-            PeerLostError: another rank went while it, or the one before, was written.
-        """
-        state = named_state(self.model, self._optimizer, once=True)
-        self._writer.save(run_dir, self.step, state, wait=wait)
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by global name: views, each on the rank that writes it."""
+        return named_state(self.model, self._optimizer, once=True)
 
     def restore(self, step_dir: Path) -> None:
         """Go on from a checkpoint, whatever number of ranks wrote it.

@@ -22,6 +22,8 @@ from moe_router_cluster.supervisor import Supervisor
 class FakeGroup:
     """Counts. `script` maps how many calls were made to what goes wrong then."""
 
+    ranks = 2
+
     def __init__(self, script=None, on_call=lambda name, step: None):
         self.generation, self.step, self.calls, self.saved = 1, 0, [], []
         self.script, self.on_call, self.replaced = dict(script or {}), on_call, []
