@@ -8,6 +8,14 @@ from moe_router.layers.moe import MoE
 from moe_router.routing import Context, Ledger, Router
 from moe_router.types import Choice, Plan, Routed, Tokens
 
+
+def register_transformers() -> None:
+    """Make `experts_implementation="moe_router"` known to transformers, which must be installed."""
+    from moe_router.integrations import transformers
+
+    transformers.register_transformers()
+
+
 __all__ = [
     "Choice",
     "Context",
@@ -19,5 +27,6 @@ __all__ = [
     "Router",
     "RouterConfig",
     "Tokens",
+    "register_transformers",
 ]
 __version__ = "0.1.0"
