@@ -100,6 +100,10 @@ class RoutingConfig:
     predictor_loss: float = 0.01  # coefficient of what teaches it
     start: float = -3.0  # halt: logit of that probability before any training
     ponder_loss: float = 0.01  # halt: coefficient of steps plus remainder
+    cost_loss: float = 0.0  # coefficient of the expected FLOPs, as a share of the dense model's
+    budget: float | None = None  # share of those FLOPs to execute: training sets the coefficient
+    budget_rate: float = 0.05  # by how much it changes in a step, over how far that is missed
+    curriculum: int = 0  # training steps over which keep and budget come down from 1
     frozen: bool = False  # a router that never learns: the control of a quality claim
 
     def __post_init__(self) -> None:
@@ -115,8 +119,16 @@ class RoutingConfig:
             ("min_keep", self.min_keep >= 1, "at least 1 token"),
             ("predictor_loss", self.predictor_loss >= 0, "0 or more"),
             ("ponder_loss", self.ponder_loss >= 0, "0 or more"),
+            ("cost_loss", self.cost_loss >= 0, "0 or more"),
+            ("budget", self.budget is None or 0 < self.budget <= 1, "0 < budget <= 1, or null"),
+            ("budget_rate", self.budget_rate > 0, "above 0"),
+            ("curriculum", self.curriculum >= 0, "0 or more steps"),
         ):
             require(holds, f"model.routing.{key}", getattr(self, key), want)
+        if not (self.kind == "halt" or self.decide == "threshold"):
+            free = self.budget is None and self.cost_loss == 0
+            want = "null, and cost_loss 0: keep says how many (or kind halt, or decide threshold)"
+            require(free, "model.routing.budget", self.budget, want)
         if self.kind != "prune":
             want = "top, or model.routing.kind=prune"
             require(self.decide == "top", "model.routing.decide", self.decide, want)
@@ -138,9 +150,20 @@ class RoutingConfig:
         """Whether attention sees a token by its mass, not as one."""
         return self.kind == "merge" or self.decide == "threshold"
 
+    def eased(self, target: float, step: int | None) -> float:
+        """What counts in the place of `target` after `step` steps of training; None: it is over."""
+        if step is None or step >= self.curriculum:
+            return target
+        return 1 - (1 - target) * step / self.curriculum
+
+    @property
+    def costs(self) -> bool:
+        """Whether routers learn to spend less."""
+        return self.budget is not None or self.cost_loss > 0
+
     @property
     def loss_scale(self) -> dict[str, float]:
-        """Coefficient of each loss of a router in depth."""
+        """Coefficient of each loss of a router in depth, but for the cost: see `Budget`."""
         return {"predictor": self.predictor_loss, "ponder": self.ponder_loss}
 
 

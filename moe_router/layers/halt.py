@@ -58,8 +58,10 @@ class Halt(nn.Module):
             context.ledger.add("router", flops_of(self, logit_R.numel()), 0)
         p_T = _weigh(logit_R.sigmoid()[:, None], state.plan)[:, 0]
         reached_T = state.cumulative_T + p_T >= self.config.cut
+        expected = (1 - state.cumulative_T - p_T).clamp(min=0).sum()
         state = _step(state, rows.x_TD, p_T, reached_T)
         kept = keep_where(~reached_T[state.plan.src_R], rows.offsets_B1)
+        kept = replace(kept, expected=expected)
         return replace(state, plan=chain(state.plan, kept.plan)), kept
 
 

@@ -13,6 +13,7 @@ pre-norm block would undo, so here it scales how much others see of a token.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -82,17 +83,20 @@ class Prune(nn.Module):
         rank_T = order_T.detach().masked_fill(tokens.position_T < config.protect, torch.inf)
         least = max(config.protect, config.min_keep)
         if config.decide == "top":
-            kept = keep_best(rank_T, tokens.offsets_B1, lengths, config.keep, least)
+            keep = config.eased(config.keep, context.step if self.training else None)
+            kept = keep_best(rank_T, tokens.offsets_B1, lengths, keep, least)
             weight_T = value_T
         else:
             safe_T = best(rank_T, tokens.offsets_B1, [min(n, least) for n in lengths])
             margin_T = (value_T - config.cut) / config.temperature
             weight_T = margin_T.sigmoid().masked_fill(safe_T, 1.0)
+            mass_T = weight_T if tokens.size_T is None else weight_T * tokens.size_T
             if self._soft(context):
                 kept = keep_all(lengths, tokens.offsets_B1)
             else:
                 kept = keep_where((margin_T > 0) | safe_T, tokens.offsets_B1)
                 weight_T = weight_T + (1 - weight_T).detach()
+            kept = replace(kept, expected=mass_T.sum())
         if context.ledger is not None:
             flops = flops_of(self, value_T.numel())
             if received_T is not None:  # the scores of attention, once more

@@ -57,7 +57,8 @@ class Skip(nn.Module):
 
         def keep() -> Kept:
             if self.training:
-                return keep_best(logit_T, tokens.offsets_B1, lengths, self.config.keep)
+                keep = self.config.eased(self.config.keep, context.step)
+                return keep_best(logit_T, tokens.offsets_B1, lengths, keep)
             return keep_where(ahead_T > 0, tokens.offsets_B1)
 
         kept = context.recall("kept", keep)

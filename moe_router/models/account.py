@@ -2,6 +2,7 @@
 matrix products of attention and feed-forward. Embedding, norms and head are alike in both."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,16 +52,14 @@ class Account:
             fed: those that its feed-forward computed, where tokens merged; None: the same.
         """
         D, tokens = self._config.dim, sum(ran)
-        kv_width = D // self._config.heads * self._config.kv_heads
-        project = 2 * (2 * D * D + 2 * D * kv_width)
         pairs: Tensor | int = _pairs(ran, self._causal)
         if cache is not None and tokens:
             new_B = torch.tensor(ran).to(cache.length_B.device, non_blocking=True)
             pairs = (new_B * (cache.length_B - new_B)).sum() + pairs
         self._ledger.add(
             "attention",
-            tokens * project + 4 * D * pairs,
-            self._tokens * project + 4 * D * self._pairs,
+            _attention(self._config, tokens, pairs),
+            _attention(self._config, self._tokens, self._pairs),
         )
         tokens = tokens if fed is None else sum(fed)
         moe = self._config.moe
@@ -72,6 +71,24 @@ class Account:
         self._ledger.add("experts", 0, (self._tokens - tokens) * 6 * D * moe.top_k * moe.hidden)
         shared = 6 * D * moe.shared_hidden
         self._ledger.add("shared", tokens * shared, self._tokens * shared)
+
+
+def flops_of_blocks(config: ModelConfig, lengths: Sequence[int], *, causal: bool) -> list[float]:
+    """Of each block, for one token of sequences of these lengths; each choice of an expert runs."""
+    tokens, out = max(sum(lengths), 1), []
+    for layer in range(config.layers):
+        width, moe = config.hidden, config.moe
+        if moe is not None and config.is_moe(layer):
+            width = moe.top_k * moe.hidden + moe.shared_hidden
+        pairs = _pairs(lengths, causal)
+        out.append(_attention(config, tokens, pairs) / tokens + 6 * config.dim * width)
+    return out
+
+
+def _attention(config: ModelConfig, tokens: int, pairs: Tensor | int) -> Any:
+    kv_width = config.dim // config.heads * config.kv_heads
+    project = 2 * (2 * config.dim * config.dim + 2 * config.dim * kv_width)
+    return tokens * project + 4 * config.dim * pairs
 
 
 def _pairs(lengths: Sequence[int], causal: bool) -> int:

@@ -1,6 +1,6 @@
 """What every model is built on: embedding, blocks, and which tokens take which block."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol, TypedDict, cast
 
 import torch
@@ -10,57 +10,21 @@ from torch.utils.checkpoint import checkpoint
 from moe_router.config import Kernels, ModelConfig
 from moe_router.dispatch import Dispatcher, Local
 from moe_router.layers.halt import Halt, begin, finish, ponder_loss
-from moe_router.layers.merge import Merged
 from moe_router.layers.moe import MoE
 from moe_router.layers.prune import Prune
-from moe_router.models.account import Account
+from moe_router.models.account import Account, flops_of_blocks
 from moe_router.models.block import Block, BlockOutput
+from moe_router.models.budget import Budget, ExpectedCost
 from moe_router.models.kv_cache import KVCache, LayerCache
 from moe_router.models.norm import RMSNorm
 from moe_router.models.packing import Packing
+from moe_router.models.passed import Passed, tell
 from moe_router.models.rope import Turn, turn_at
 from moe_router.models.stream import Stream
 from moe_router.placement import Placement
 from moe_router.routing import Context, PlanMemory
-from moe_router.routing.depth import Kept, chain, every_token
-from moe_router.types import Choice, HaltState, Plan, Routed
-
-
-@dataclass(slots=True)
-class Passed:
-    """What came out of the blocks.
-
-    Attributes:
-        stream: the tokens that took the last block.
-        plan: their rows by token; None where no token ever leaves, or nobody observes.
-        slot_T: int64, the row of the token that each one merged into; None without merging.
-        routed: what each block's experts did; None for a dense block.
-        depth: the losses of each router in depth, unscaled; this rank's share.
-        halted: how each token halted, and its output; None without halting.
-    """
-
-    stream: Stream
-    routed: list[Routed | None] = field(default_factory=list)
-    depth: list[dict[str, Tensor]] = field(default_factory=list)
-    halted: HaltState | None = None
-    plan: Plan | None = None
-    slot_T: Tensor | None = None
-
-    def merge(self, slots: Stream, merged: Merged) -> None:
-        """Tokens merged inside a block."""
-        self.stream = slots
-        self._follow(merged.kept)
-        slot_T = merged.slot_T
-        self.slot_T = slot_T if self.slot_T is None else slot_T[self.slot_T]
-
-    def go_on(self, kept: Kept) -> None:
-        """Only the kept tokens take the next block."""
-        self.stream = self.stream.take(kept)
-        self._follow(kept)
-
-    def _follow(self, kept: Kept) -> None:
-        if self.plan is not None:
-            self.plan = chain(self.plan, kept.plan)
+from moe_router.routing.depth import Kept, every_token
+from moe_router.types import Routed
 
 
 class Output(Protocol):
@@ -119,6 +83,9 @@ class Backbone(nn.Module):
                 self.halts[str(i)] = Halt(config.dim, config.routing)
             if config.routing is not None and config.routes(i, "prune"):
                 self.prunes[str(i)] = Prune(config.dim, config.routing)
+        self.budget: Budget | None = None
+        if config.routing is not None and config.routing.costs:
+            self.budget = Budget(config.routing)
 
     def through_blocks(
         self,
@@ -137,6 +104,10 @@ class Backbone(nn.Module):
         if context.ledger is not None and self.config.routing is not None:
             here = (packing.lengths, position_T)
             account = Account(self.config, context.ledger, *here, causal=causal)
+        cost = None
+        if self.training and self.budget is not None:
+            flops = flops_of_blocks(self.config, packing.lengths, causal=causal)
+            cost = ExpectedCost(flops, packing.tokens)
         routing = self.config.routing
         if context.observe is not None and routing is not None and routing.kind != "skip":
             passed.plan = every_token(packing.lengths, input_T.device)
@@ -158,15 +129,20 @@ class Backbone(nn.Module):
                 fed = None if out.merged is None else out.merged.kept.lengths
                 account.block(i, ran, layer_cache, fed)
             if self.config.routing is not None and out.routed is None:
-                _tell(i, passed, out, context)
-            self._leave(str(i), passed, out.received_T, context)
+                tell(i, passed, out, context)
+            left = self._leave(str(i), passed, out.received_T, context)
+            if cost is not None:
+                cost.block(i, out.kept)
+                cost.leave(left)
         if passed.halted is not None:
             passed.halted = finish(passed.stream.x_TD, passed.halted)
-            if self.training:
-                # new_full, not new_tensor: a fill does not wait for the device
-                mine = passed.halted.cumulative_T.new_full((), packing.tokens)
-                count = self.dispatcher.total(mine)
+        if self.training and (cost is not None or passed.halted is not None):
+            # new_full, not new_tensor: a fill does not wait for the device
+            count = self.dispatcher.total(self.norm.weight.new_full((), packing.tokens).float())
+            if passed.halted is not None:
                 passed.depth.append({"ponder": ponder_loss(passed.halted, count)})
+            if cost is not None:
+                passed.depth.append({"cost": cost.loss(count)})
         return passed
 
     def turn(self, position_T: Tensor) -> Turn:
@@ -191,9 +167,9 @@ class Backbone(nn.Module):
 
     def _leave(
         self, block: str, passed: Passed, received_T: Tensor | None, context: Context
-    ) -> None:
-        """Let tokens go after a block, if it is one where they may."""
-        stream = passed.stream
+    ) -> Kept | None:
+        """Let tokens go after a block, if it is one where they may; returns who goes on."""
+        stream, kept = passed.stream, None
         if block in self.halts:
             assert passed.halted is not None
             passed.halted, kept = self.halts[block](stream.tokens, passed.halted, context)
@@ -204,6 +180,7 @@ class Backbone(nn.Module):
             mass_R = prune.mass(stream.tokens, choice, kept)
             passed.go_on(kept)
             passed.stream = replace(passed.stream, size_T=mass_R)
+        return kept
 
     @property
     def moes(self) -> list[MoE | None]:
@@ -218,24 +195,10 @@ class Backbone(nn.Module):
             if moe is not None and out is not None
         ]
         if self.config.routing is not None:
-            scale = self.config.routing.loss_scale
+            scale: dict[str, Tensor | float] = {**self.config.routing.loss_scale}
+            if self.budget is not None:
+                scale["cost"] = self.budget.weight
             terms += [
                 scale[name] * loss for losses in output.depth for name, loss in losses.items()
             ]
         return torch.stack(terms).sum() if terms else self.norm.weight.new_zeros(())
-
-
-def _tell(layer: int, passed: Passed, out: BlockOutput, context: Context) -> None:
-    """Have it observed which tokens a dense block computed: group 0, or none."""
-    if context.observe is None:
-        return
-    if out.choice is not None and out.kept is not None:
-        weight_T1, plan = out.choice.weight_TK, out.kept.plan
-    elif passed.plan is not None:
-        plan = passed.plan
-        weight_T1 = (plan.row_TK >= 0).float()
-    else:
-        return
-    target_T1 = torch.where(plan.row_TK < 0, -1, 0).int()
-    one_group = replace(plan, offsets_G1=plan.offsets_G1[[0, -1]])
-    context.observe(layer, Choice(target_T1, weight_T1), one_group)

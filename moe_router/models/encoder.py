@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
-from moe_router.models.backbone import Backbone, Passed, Running
+from moe_router.models.backbone import Backbone, Running
+from moe_router.models.passed import Passed
 from moe_router.routing import Context
 from moe_router.types import HaltState, Routed
 from moe_router_kernels import reference

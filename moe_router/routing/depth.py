@@ -29,11 +29,14 @@ class Kept:
         target_T1: int32, the sequence of a kept token, -1 for the others.
         plan: over B sequences; R is exactly the number of kept tokens.
         lengths: kept tokens of each sequence, on the host.
+        expected: how many tokens the router keeps by its probabilities, to learn how many; None:
+            that is not learned.
     """
 
     target_T1: Tensor
     plan: Plan
     lengths: tuple[int, ...]
+    expected: Tensor | None = None
 
     @property
     def offsets_B1(self) -> Tensor:

@@ -223,6 +223,9 @@ class Trainer:
         for moe, load_E in zip(self._moes, totals.load_LE, strict=True):
             if moe.config.bias_rate > 0:
                 moe.router.update_bias(load_E.to(self.device))
+        if self.model.budget is not None:
+            share = totals.executed_flops / totals.dense_flops
+            self.model.budget.update(share, totals.losses["cost"], self.step)
         self.step += 1
         return lr
 

@@ -1,5 +1,7 @@
 """What one step measured, added up on the device and over all ranks in one message."""
 
+from collections import Counter
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,8 +50,10 @@ class Tally:
             if out.overflow is not None:
                 self._overflows += out.overflow != 0
             self._add_losses(out.choice.losses, self._layers)
+        routers = Counter(name for losses in depth for name in losses)
         for losses in depth:
-            self._add_losses(losses, len(depth))
+            for name, loss in losses.items():
+                self._add_losses({name: loss}, routers[name])
 
     @property
     def own_load_LE(self) -> Tensor:

@@ -33,7 +33,11 @@ VARIANTS = {
         "moe": None,
         "routing": PRUNE
         | {"decide": "threshold", "router": "attention", "threshold": 1.0}
-        | {"soft_steps": 3},
+        | {"soft_steps": 3, "budget": 0.6},
+    },
+    "threshold_budget": {
+        "moe": None,
+        "routing": PRUNE | {"decide": "threshold", "soft_steps": 10, "budget": 0.5},
     },
     # by position: of two neighbours that are the same byte, rounding would decide who is kept
     "skip": {"moe": None, "routing": {"kind": "skip", "router": "position"}},

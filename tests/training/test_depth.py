@@ -14,7 +14,8 @@ from tests.training.test_ranks import assert_same_curve
 STEPS = 5
 ROUTING = {
     "skip": {"kind": "skip", "keep": 0.5, "every": 1, "first": 0, "predictor": "mlp"},
-    "halt": {"kind": "halt", "threshold": 0.7, "start": -0.5, "every": 1, "first": 0},
+    "halt": {"kind": "halt", "threshold": 0.7, "start": -0.5, "every": 1, "first": 0}
+    | {"budget": 0.6, "cost_loss": 0.1},
 }
 
 
