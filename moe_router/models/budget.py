@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from moe_router.config import RoutingConfig
 from moe_router.routing.depth import Kept
 
-
 DAMPING = 20.0  # steps of the sum that what is missed now counts as
 
 
