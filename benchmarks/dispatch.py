@@ -17,7 +17,7 @@ from benchmarks.dispatch_contenders import ROUTINGS
 from benchmarks.dispatch_measure import SAMPLES, measure_layer, measure_shape
 from benchmarks.results import Row, provenance, save
 from moe_router.dispatch.ranks import local_device, run_here
-from moe_router.dispatch.transports import NAMES
+from moe_router.dispatch.transports import ALL
 
 LINK_GB_S = 450  # NVLink of an H100 or H200, one direction, by datasheet
 Shape = tuple[int, int, int, int]
@@ -47,7 +47,7 @@ def case_rows(shape: Shape, routing: str, said: dict[str, Any], ranks: int) -> l
         if of[name]["p50"] is None:  # what does not fit runs by host splits
             name = "all_to_all"
         ours, found = of[name], said["contenders"][name]
-        others = {n: s["p50"] for n, s in of.items() if n not in NAMES and s["p50"] is not None}
+        others = {n: s["p50"] for n, s in of.items() if n not in ALL and s["p50"] is not None}
         best = min(others, key=others.__getitem__, default=None)
         value, remote = ours["p50"], said["remote_bytes"]
         row = {
@@ -83,7 +83,8 @@ def _over_minimum(name: str, shape: Shape, remote: int, ranks: int) -> float | N
 
     T, D, K, E = shape
     slots = slots_of_rank(T, Placement.contiguous(E, ranks), K, 2.0)
-    rows = {"padded": sum(slots[1:]), "gather_scatter": (ranks - 1) * T}
+    slotted = sum(slots[1:])
+    rows = {"padded": slotted, "peer_memory": slotted, "gather_scatter": (ranks - 1) * T}
     itemsize = 2 if local_device(ranks) == "cuda" else 4
     if name == "all_to_all" or not remote:
         return 1.0 if remote else None

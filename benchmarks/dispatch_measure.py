@@ -14,7 +14,7 @@ from moe_router import MoE, MoEConfig
 from moe_router.dispatch import Bounded
 from moe_router.dispatch.base import Dispatcher
 from moe_router.dispatch.link import Problem, choose, measure
-from moe_router.dispatch.transports import NAMES, make_transport
+from moe_router.dispatch.transports import ALL, make_transport
 
 ROUNDS, SAMPLES = 5, 20  # samples of a contender in each of the interleaved rounds
 GRAPH_TOKENS = 256  # up to so many, launches cost more than bytes: measured as CUDA graphs
@@ -163,7 +163,7 @@ def measure_layer(
 
     exact = make_transport("all_to_all", T, 2.0)
     took = {"alone": slowest(step(None), device, samples)}
-    for name in NAMES:
+    for name in ALL:
         by = Bounded(make_transport(name, T, 2.0), exact)  # type: ignore[arg-type]
         took[name] = slowest(step(by), device, samples)
     medians = {name: sorted(of)[len(of) // 2] for name, of in took.items()}

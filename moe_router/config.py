@@ -38,7 +38,7 @@ __all__ = [
 # auto: Triton where it runs, torch elsewhere; reference: the specification, plain torch
 Kernels = Literal["auto", "triton", "reference"]
 # how tokens reach experts on other ranks: docs/dispatch.md
-Transport = Literal["auto", "all_to_all", "padded", "gather_scatter"]
+Transport = Literal["auto", "all_to_all", "padded", "gather_scatter", "peer_memory"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,5 +6,15 @@ from moe_router.dispatch.bounded import Bounded
 from moe_router.dispatch.gather_scatter import GatherScatter
 from moe_router.dispatch.local import Local
 from moe_router.dispatch.padded import Padded
+from moe_router.dispatch.peer_memory import PeerMemory
 
-__all__ = ["AllToAll", "Bounded", "Dispatcher", "GatherScatter", "Local", "Padded", "Received"]
+__all__ = [
+    "AllToAll",
+    "Bounded",
+    "Dispatcher",
+    "GatherScatter",
+    "Local",
+    "Padded",
+    "PeerMemory",
+    "Received",
+]

@@ -7,16 +7,21 @@ from moe_router.dispatch.all_to_all import AllToAll
 from moe_router.dispatch.base import Dispatcher, Group
 from moe_router.dispatch.gather_scatter import GatherScatter
 from moe_router.dispatch.padded import Padded
+from moe_router.dispatch.peer_memory import PeerMemory
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
 
-NAMES = ("all_to_all", "padded", "gather_scatter")
+NAMES = ("all_to_all", "padded", "gather_scatter")  # those the chooser may take
+ALL = (*NAMES, "peer_memory")
 
 
-def make_transport(name: str, tokens: int, factor: float, group: Group = None) -> Dispatcher:
+def make_transport(
+    name: str, tokens: int, factor: float, group: Group = None, timeout_s: float = 60.0
+) -> Dispatcher:
     """Args:
-    name: one of NAMES.
+    name: one of ALL.
     tokens, factor: bounds of the static ones; see `Padded`.
+    timeout_s: of `PeerMemory`.
     """
     match name:
         case "all_to_all":
@@ -25,7 +30,9 @@ def make_transport(name: str, tokens: int, factor: float, group: Group = None) -
             return Padded(tokens, factor, group)
         case "gather_scatter":
             return GatherScatter(tokens, factor, group)
-    raise ValueError(f"transport {name}: want one of {', '.join(NAMES)}")
+        case "peer_memory":
+            return PeerMemory(tokens, factor, group, timeout_s=timeout_s)
+    raise ValueError(f"transport {name}: want one of {', '.join(ALL)}")
 
 
 def round_trip(

@@ -34,7 +34,10 @@ def training_dispatcher(
     if name == "auto":
         name = _chosen(config, ranks, tokens, device, run_dir)
     exact = AllToAll()
-    return exact if name == "all_to_all" else Bounded(make_transport(name, tokens, factor), exact)
+    if name == "all_to_all":
+        return exact
+    timeout_s = config.cluster.timeout_s
+    return Bounded(make_transport(name, tokens, factor, timeout_s=timeout_s), exact)
 
 
 def _chosen(

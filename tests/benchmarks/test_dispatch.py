@@ -9,7 +9,7 @@ import torch
 from benchmarks import dispatch, dispatch_measure, results
 from tests.gloo import run_ranks
 
-NAMES = ("all_to_all", "padded", "gather_scatter")
+NAMES = ("all_to_all", "padded", "gather_scatter", "peer_memory")
 
 
 KINDS = ("uniform", "hot_rank", "ragged", "empty_rank")

@@ -6,7 +6,7 @@ import itertools
 import torch
 
 from moe_router.config import MoEConfig
-from moe_router.dispatch import AllToAll, GatherScatter, Local, Padded
+from moe_router.dispatch import AllToAll, GatherScatter, Local, Padded, PeerMemory
 from moe_router.layers.experts import Experts
 from moe_router.layers.moe import MoE
 from moe_router.placement import Placement
@@ -18,6 +18,7 @@ TRANSPORTS = {
     "all_to_all": lambda tokens, factor: AllToAll(),
     "padded": lambda tokens, factor: Padded(tokens, factor=factor),
     "gather_scatter": lambda tokens, factor: GatherScatter(tokens, factor=factor),
+    "peer_memory": lambda tokens, factor: PeerMemory(tokens, factor=factor),
 }
 
 

@@ -45,6 +45,7 @@ def test_the_config_names_the_transport():
         "all_to_all": "AllToAll",
         "padded": "Padded",
         "gather_scatter": "GatherScatter",
+        "peer_memory": "PeerMemory",
         "auto": AllToAll.__name__,  # on a CPU no one runs ahead of the host
     }
     assert run_ranks(2, kinds, tuple(wanted)) == [list(wanted.values())] * 2

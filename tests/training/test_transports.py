@@ -7,7 +7,7 @@ from tests.gloo import run_ranks
 from tests.training import work
 from tests.training.test_ranks import assert_same_curve
 
-STATIC = ("padded", "gather_scatter")
+STATIC = ("padded", "gather_scatter", "peer_memory")
 ONE_EACH = {"experts": 2, "top_k": 1, "renormalise": False, "balance_loss": 0.0}
 
 
@@ -31,8 +31,8 @@ def test_two_ranks_take_the_same_steps(transport, dense):
 @pytest.mark.parametrize("transport", STATIC)
 @pytest.mark.parametrize("hot", [0, 1])
 def test_a_step_that_does_not_fit_is_taken_again_by_host_splits(transport, hot):
-    """All tokens choose the expert of one rank. `padded` finds no slots on either rank,
-    `gather_scatter` too few rows on the hot rank alone: both ranks take the step again."""
+    """All tokens choose the expert of one rank. `padded` and `peer_memory` find no slots on
+    either rank, `gather_scatter` too few rows on the hot one alone: both take the step again."""
     moe = {"experts": 2, "top_k": 1, "renormalise": False, "balance_loss": 0.0, "bias_rate": 1e-9}
     exact = run_ranks(2, work.leaning, work.tiny(moe), hot)
     tight, wide = (

@@ -1,0 +1,143 @@
+"""What each rank of a peer memory test runs; importable by the worker processes."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from moe_router.dispatch import PeerMemory
+from moe_router.dispatch.exchange import Splits
+from moe_router.dispatch.inbox import SharedInbox
+from moe_router.dispatch.peer_memory import PeerMover
+from moe_router.dispatch.transports import round_trip
+from moe_router.dispatch.where import lay_out
+from moe_router.errors import PeerLostError
+from moe_router.placement import Placement
+from moe_router.routing.plan import plan_from_ids
+from moe_router.types import Choice
+from tests.dispatch import work
+
+
+class Gone(Exception):
+    """This rank takes part in nothing any more."""
+
+
+def trip(by, rank, seed):
+    """A round trip of tokens that both ranks serve, and whether it was exact."""
+    target_TK = torch.tensor([[0, 1]] * 5, dtype=torch.int32)
+    x_TD = work.batch(5, seed=10 * seed + rank)[0]
+    choice = Choice(target_TK, torch.ones(5, 2))
+    out_TD, overflow = round_trip(
+        by, x_TD, choice, plan_from_ids(target_TK, 2), Placement(((0,), (1,)))
+    )
+    return torch.equal(out_TD, 2 * x_TD) and not overflow
+
+
+def fail_at(inbox, stage, leave):
+    """Have this rank go in its next exchange: before it puts, between two puts, or once it has
+    signalled."""
+    put, signalled, puts = inbox.put, inbox.signal, []
+
+    def fail_in_put(*args):
+        if len(puts) == (0 if stage == "before" else 1):
+            leave()
+        puts.append(put(*args))
+
+    def fail_in_signal():
+        signalled()
+        leave()
+
+    if stage == "after":
+        inbox.signal = fail_in_signal
+    else:
+        inbox.put = fail_in_put
+
+
+def faulty(rank, ranks, stage):
+    """Two exact round trips; rank 1 goes in the third. What rank 0 says, and after how long."""
+    by = PeerMemory(5, timeout_s=0.4)
+    exact = [trip(by, rank, 0), trip(by, rank, 1)]
+
+    def leave():
+        raise Gone
+
+    if rank == 1:
+        fail_at(by._mover._inbox, stage, leave)
+    began = time.monotonic()
+    try:
+        trip(by, rank, 2)
+    except Gone:
+        return exact, "gone", 0.0
+    except PeerLostError as error:
+        return exact, str(error), time.monotonic() - began
+    return exact, "nothing", 0.0
+
+
+def killed(rank, ranks, folder):
+    """Rank 1 is killed between two puts; what rank 0 says then, in a file: nobody asks it again."""
+    by = PeerMemory(5, timeout_s=1.0)
+    trip(by, rank, 0)
+    if rank == 1:
+        fail_at(by._mover._inbox, "during", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    try:
+        trip(by, rank, 1)
+    except PeerLostError as error:
+        Path(folder, "said.json").write_text(json.dumps(str(error)))
+
+
+def hurried(rank, ranks, turns, slow_rank):
+    """Exchanges in which one rank dawdles at every step; how many brought what was sent."""
+    send = [2, 3][:ranks]
+    goes_TW = torch.ones(3, ranks, dtype=torch.bool)
+    rows = lay_out(goes_TW, torch.tensor(send), sum(send))
+    splits = Splits(send, [send[rank]] * ranks, torch.tensor(send), 0)
+    mover, told = PeerMover(rank, None, 20.0), torch.zeros((), dtype=torch.int32)
+    ready, chance = mover._ready, random.Random(rank)
+
+    def dawdle(method):
+        def slowly(*args):
+            time.sleep(chance.choice([0, 0, 0.001, 0.003]) if rank == slow_rank else 0)
+            return method(*args)
+
+        return slowly
+
+    inbox = ready(4096, torch.device("cpu"))
+    for name in ("put", "signal", "wait", "take"):
+        setattr(inbox, name, dawdle(getattr(inbox, name)))
+    good = 0
+    for turn in range(turns):
+        x_TD = torch.arange(12).view(3, 4) + 100 * turn + 10000 * rank
+        also = torch.full((sum(send), 1), rank * 1000 + turn)
+        x_ND, from_N1 = mover.out(x_TD, rows, [also], splits, told)
+        came = torch.cat([x_TD[: send[rank]] + 10000 * (s - rank) for s in range(ranks)])
+        sources = torch.arange(ranks).repeat_interleave(send[rank])[:, None] * 1000 + turn
+        good += torch.equal(x_ND, came) and torch.equal(from_N1, sources)
+        (home_RD,) = mover.home([x_ND], splits, told)
+        good += torch.equal(home_RD, x_TD[rows.src_R.long()])
+    return good
+
+
+def grown(rank, ranks):
+    """Inboxes of ever larger rows, then of the first size again."""
+    mover, told = PeerMover(rank, None, 20.0), torch.zeros((), dtype=torch.int32)
+    splits = Splits([1] * ranks, [1] * ranks, torch.ones(ranks), 0)
+    rows = lay_out(torch.ones(1, ranks, dtype=torch.bool), torch.ones(ranks).long(), ranks)
+    found = []
+    for width in (4, 4000, 4):
+        x_TD = torch.full((1, width), float(rank))
+        (x_ND,) = mover.out(x_TD, rows, [], splits, told)
+        found.append((x_ND[:, -1].tolist(), mover._inbox.capacity))
+    return found, [path.name for path in Path("/dev/shm").glob(f"moe_router_*_{rank}")]
+
+
+def two_in_one_process(folder, capacity, make):
+    """Inboxes of two ranks in this process, by `make(rank, paths)`."""
+    paths = [Path(folder) / str(rank) for rank in range(2)]
+    for path in paths:
+        with path.open("wb") as file:
+            file.truncate(SharedInbox.size(capacity))
+    return [make(rank, paths) for rank in range(2)]
