@@ -233,7 +233,7 @@ def test_on_a_terminal_steps_move_a_bar():
     assert "(100%)" not in shown
 
 
-@pytest.mark.parametrize("name", ["gpu.yaml", "local.yaml"])
+@pytest.mark.parametrize("name", ["gpu.yaml", "gpu-gcp.yaml", "local.yaml"])
 def test_a_cluster_file_is_one_that_ray_up_takes(name):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
