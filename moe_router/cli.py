@@ -110,6 +110,37 @@ def generate(
         typer.echo(visible(said) if sys.stdout.isatty() else said)
 
 
+@app.command("export")
+def export_run(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="a new folder, for from_pretrained")],
+) -> None:
+    """Write a checkpoint as transformers lays out Llama (dense) or Mixtral (experts)."""
+    with one_line_errors():
+        from moe_router.run_path import find_run
+
+        step = find_run(run).step
+        from moe_router.commands import export
+
+        typer.echo(f"{output}: {step} as a {export(step, output)} of transformers")
+
+
+@app.command("import")
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="of a Llama or Mixtral of transformers")],
+    name: Annotated[str, typer.Option(help="of the run that it becomes")],
+    set_: Set = None,
+) -> None:
+    """Make a run of a transformers model: to serve, to evaluate, to begin a training with."""
+    with one_line_errors():
+        from moe_router.config_file import load_config
+
+        base = load_config("quickstart", [*(set_ or ()), f"run.name={name}"])
+        from moe_router.commands import import_model
+
+        typer.echo(f"{import_model(folder, base)}: serve it, or train with --set train.init_from")
+
+
 @app.command()
 def inspect(run: Run) -> None:
     """Render what a run recorded as report.html, one offline file."""

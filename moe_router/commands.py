@@ -1,4 +1,4 @@
-"""What `eval` and `generate` do with a checkpoint, on one rank, whatever number wrote it."""
+"""What commands do with a checkpoint, on one rank, whatever number wrote it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,12 +10,14 @@ import torch
 from moe_router.config import Config
 from moe_router.config_file import config_from_dict, config_to_dict, override
 from moe_router.errors import ConfigError
-from moe_router.models import Sampling, generate
+from moe_router.integrations import layout
+from moe_router.models import CausalLM, Sampling, generate
 from moe_router.observability.records import EvalRecord
-from moe_router.training.checkpoint import read_about
-from moe_router.training.data import load_dataset
+from moe_router.training.checkpoint import CheckpointWriter, read_about
+from moe_router.training.data import load_dataset, load_tokenizer
 from moe_router.training.evaluate import evaluate
 from moe_router.training.inference import load_for_inference, load_model
+from moe_router.training.state import named_weights
 
 
 def evaluate_step(step_dir: Path, overrides: Sequence[str], device: str) -> EvalRecord:
@@ -71,3 +73,51 @@ def speak(step_dir: Path, asked: dict[str, Any], seed: int, device: str) -> str:
     prompt = [tokenizer.document_id, *tokenizer.encode(serve.prompt)]
     made = generate(model, [prompt], sampling, stop_id=tokenizer.document_id)[0]
     return tokenizer.decode([*prompt[1:], *made])
+
+
+def export(step_dir: Path, folder: Path) -> str:
+    """Write a checkpoint as a folder that transformers reads.
+
+    Returns:
+        What kind of model transformers takes it for.
+
+    Raises:
+        MoeRouterError: no checkpoint, transformers has no such model, or a folder that is taken.
+    """
+    model, config, tokenizer = load_for_inference(step_dir)
+    weights = named_weights(model)
+    layout.write_hf(folder, model, weights, tokenizer.document_id, config.data.tokenizer)
+    return "Mixtral" if config.model.moe else "Llama"
+
+
+def import_model(folder: Path, base: Config) -> Path:
+    """Make a run of a Llama or Mixtral of transformers: what it is comes from its folder.
+
+    Args:
+        base: everything else, the run's name with it.
+
+    Returns:
+        The checkpoint, which can be served, evaluated, and begun with.
+
+    Raises:
+        MoeRouterError: another kind of model, a damaged one, or a run that is there already.
+    """
+    found, vocab = layout.from_hf(folder)
+    file = folder / layout.TOKENIZER
+    spec = str(file.absolute()) if file.is_file() else "bytes"
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.vocab > vocab:
+        raise ConfigError(
+            f"{folder}: {vocab} embeddings for the {tokenizer.vocab} ids of {spec}; want its "
+            f"{layout.TOKENIZER} beside it"
+        )
+    config = replace(base, model=found, data=replace(base.data, tokenizer=spec))
+    run = Path(config.run.dir) / config.run.name
+    if run.exists():
+        raise ConfigError(f"{run}: is there already; want another --name")
+    model = CausalLM(found, tokenizer.vocab)
+    weights = named_weights(model)
+    layout.read_hf(folder, found, weights)
+    run.mkdir(parents=True)
+    CheckpointWriter(0, 1, config).save(run, 0, weights, wait=True)
+    return run / "step_0"

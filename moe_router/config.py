@@ -145,6 +145,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_every: int = 0  # steps; 0 is only at the end
     eval_rows: int = 64  # held-out rows of data.seq_len tokens
+    init_from: str | None = None  # run, step or folder of a transformers model to begin with
+    learn: Literal["all", "routers"] = "all"
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch", "accumulation", "checkpoint_every", "eval_rows"):

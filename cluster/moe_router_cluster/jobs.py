@@ -164,6 +164,7 @@ def for_cluster(config: Config) -> Config:
     paths |= {"data.path": config.data.path, "data.val_path": config.data.val_path}
     if config.data.tokenizer != "bytes":
         paths["data.tokenizer"] = config.data.tokenizer
+    paths["train.init_from"] = config.train.init_from
     for key, path in paths.items():
         if path is not None and not (is_remote(path) or PurePosixPath(path).is_absolute()):
             raise ConfigError(

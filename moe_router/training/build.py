@@ -15,6 +15,7 @@ from moe_router.models import (
     init_parameters,
 )
 from moe_router.models.backbone import Running
+from moe_router.training.begin import begin_from, choose_learners
 from moe_router.training.data import AnyDataset, ImageDataset
 from moe_router.training.parallel import shard_dense
 from moe_router.training.transport import training_dispatcher
@@ -68,6 +69,9 @@ def build_model(
     if isinstance(model, ImageClassifier):
         assert isinstance(dataset, ImageDataset)
         model.embed.normalise_by(dataset.mean, dataset.std)
+    if config.train.init_from is not None:
+        begin_from(model, config.train.init_from)
+    choose_learners(model, config)
     model.to(device)
     if config.train.dense == "fsdp" and ranks > 1:
         shard_dense(model, ranks)

@@ -95,6 +95,16 @@ def read_tensors(folder: Path, state: dict[str, Tensor]) -> None:
         ) from error
 
 
+def saved_names(folder: Path) -> set[str]:
+    """Of the tensors in a checkpoint. Raises CheckpointError: it is damaged."""
+    try:
+        return set(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: not safetensors: {' '.join(str(error).split())}"
+        ) from error
+
+
 def _require_same_model(folder: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
     fix = "take the config of the run that wrote it, or another run.name"
     saved = metadata.state_dict_metadata
