@@ -83,7 +83,9 @@ class Ours:
 
     def dispatch(self) -> Any:
         case = self.case
-        return self.by.dispatch(case.x_TD, case.choice, self.plan, case.placement)
+        received = self.by.dispatch(case.x_TD, case.choice, self.plan, case.placement)
+        self.result(received)  # waits for the rows
+        return received
 
     def result(self, received: Any) -> Tensor:
         """What experts would give back: here the rows that came, for time does not ask."""

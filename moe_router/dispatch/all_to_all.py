@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.dispatch.base import Dispatcher, Group, Received
-from moe_router.dispatch.exchange import Collective, Mover, Return, Send, Splits
+from moe_router.dispatch.exchange import Collective, Mover, Return, Send, Splits, Travel
 from moe_router.dispatch.where import Rows, Tables, goes_to, lay_out, pad, plan_within
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
@@ -61,13 +61,15 @@ class AllToAll(Dispatcher):
 
         told = torch.zeros((), dtype=torch.int32, device=x_TD.device)
         way = _WayBack(rows, splits, T, told)
+        started: list[Travel] = []
         x_ND, weight_NK, id_NK = Send.apply(  # type: ignore[no-untyped-call]
-            x_TD, weight_RK, id_RK, rows, splits, self._mover, told
+            x_TD, weight_RK, id_RK, rows, splits, self._mover, told, started
         )
         held = len(placement.experts_of_rank[self.rank])
         local, too_few = plan_within(id_NK, held, splits.experts)
         told |= rows.overflow | too_few
-        return Received(x_ND, Choice(id_NK, weight_NK), local, way, told)
+        arrive = started[0].arrive if started else None
+        return Received(x_ND, Choice(id_NK, weight_NK), local, way, told, arrive)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:
         way: _WayBack = received.handle

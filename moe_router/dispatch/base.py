@@ -5,8 +5,9 @@ ids and fp32 weights of its choices. The expert side makes a second Plan over wh
 runs its experts, weights and sums the choices of a row, and `combine` brings the sums home.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -23,20 +24,33 @@ class Received:
     """What the expert side works on.
 
     Attributes:
-        x_ND: hidden states of the received tokens; N is T on one rank.
+        coming_ND: `x_ND`, which may still be on its way.
         choice: target_NK are local expert slots, -1 for choices that live elsewhere.
         plan: over the local experts; gather rows of x_ND by `plan.src_R`.
         handle: what `combine` needs to find the way back; private to the transport.
         overflow: scalar on the device, not 0 where a row found no place within a static bound, or
             was lost on the way, there or back: the result must not be used. To be read after the
             backward pass. None: nothing moves.
+        arrive: waits for the rows; None: they are here.
     """
 
-    x_ND: Tensor
+    coming_ND: Tensor
     choice: Choice
     plan: Plan
     handle: Any
     overflow: Tensor | None = None
+    arrive: Callable[[Tensor], Tensor] | None = None
+    _here: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def x_ND(self) -> Tensor:
+        """Hidden states of the received tokens; N is T on one rank. Asked for as late as can be:
+        rows travel until then."""
+        if self.arrive is None:
+            return self.coming_ND
+        if not self._here:
+            self._here.append(self.arrive(self.coming_ND))
+        return self._here[0]
 
 
 class Dispatcher(Protocol):

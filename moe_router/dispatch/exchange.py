@@ -1,7 +1,8 @@
 """Rows to each rank and back, differentiable: each way is the gradient of the other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,12 @@ class Mover(Protocol):
         """Each row's token to its rank, and `also`, (R, ...) each, with it."""
         ...
 
+    def start_out(
+        self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
+    ) -> tuple[list[Tensor], "Travel | None"]:
+        """`out`, but tokens may still be on their way."""
+        ...
+
     def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
         """(N, ...) each back to where the N rows came from: (R, ...) each."""
         ...
@@ -49,11 +56,93 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Te
     return out
 
 
+Wait = Callable[[], object]
+
+
+def start_exchange(
+    x: Tensor, send: list[int], receive: list[int], group: Group
+) -> tuple[Tensor, Wait]:
+    """`exchange`, and what to call before the rows are used."""
+    x, out = x.contiguous(), x.new_empty((sum(receive), *x.shape[1:]))
+    work = dist.all_to_all_single(out, x, receive, send, group=group, async_op=True)
+    return out, partial(_finish, work, x)
+
+
+def _finish(work: Any, sent: Tensor) -> None:
+    """The sent rows are kept until here."""
+    work.wait()
+
+
+class Travel:
+    """Rows on their way out, and later their gradients on the way home.
+
+    Args:
+        wait: for the rows out.
+        start_home: sets the gradients off: they, and what to call before they are used.
+    """
+
+    def __init__(self, wait: Wait, start_home: Callable[[Tensor], tuple[Tensor, Wait]]) -> None:
+        self._wait: Wait | None = wait
+        self.start_home = start_home
+        self._home: tuple[Tensor, Wait] | None = None
+
+    def arrive(self, coming_ND: Tensor) -> Tensor:
+        here_ND: Tensor = _Arrive.apply(coming_ND, self)  # type: ignore[no-untyped-call]
+        return here_ND
+
+    def wait(self) -> None:
+        """What was kept for the way is let go."""
+        wait, self._wait = self._wait, None
+        if wait is not None:
+            wait()
+
+    def set_off(self, grad_ND: Tensor) -> None:
+        self._home = self.start_home(grad_ND)
+
+    def come_home(self) -> Tensor | None:
+        """The gradients; None where none ever set off: a rank whose rows nobody used."""
+        if self._home is None:
+            return None
+        (grad, wait), self._home = self._home, None
+        wait()
+        return grad
+
+
+class _Arrive(torch.autograd.Function):
+    """Where rows are waited for, and where their gradients set off: what autograd recorded after
+    the dispatch and before this, runs while they travel, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, coming_ND: Tensor, travel: Travel) -> Tensor:
+        ctx.travel = travel
+        travel.wait()
+        return coming_ND.view_as(coming_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.travel.set_off(grads[0])
+        return grads[0], None
+
+
 @dataclass(frozen=True, slots=True)
 class Collective:
     """Moves by all-to-all, over NCCL or gloo, which fails loudly by itself."""
 
     group: Group
+
+    def start_out(
+        self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
+    ) -> tuple[list[Tensor], Travel | None]:
+        way = (splits.send, splits.receive, self.group)
+        small = [exchange(x, *way) for x in also]
+        x_RD = torch.ops.moe_router.gather(x_TD, rows.src_R, rows.row_TW)
+        x_ND, wait = start_exchange(x_RD, *way)
+        send, receive, group = way
+
+        def start_home(grad_ND: Tensor) -> tuple[Tensor, Wait]:
+            return start_exchange(grad_ND, receive, send, group)
+
+        return [x_ND, *small], Travel(wait, start_home)
 
     def out(self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
     ) -> list[Tensor]:  # fmt: skip
@@ -98,10 +187,13 @@ class Send(torch.autograd.Function):
         splits: Splits,
         mover: Mover,
         told: Tensor,
+        started: list[Travel],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.way = (rows, splits, mover, told)
         packed_RK = pack(weight_RK, id_RK)
-        x_ND, packed_NK = mover.out(x_TD, rows, [packed_RK], splits, told)
+        (x_ND, packed_NK), travel = mover.start_out(x_TD, rows, [packed_RK], splits, told)
+        if travel is not None:
+            started.append(travel)
+        ctx.way, ctx.travel = (rows, splits, mover, told), travel
         weight_NK, id_NK = unpack(packed_NK, weight_RK.dtype, id_RK.size(1))
         ctx.mark_non_differentiable(id_NK)
         return x_ND, weight_NK, id_NK
@@ -109,8 +201,12 @@ class Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, splits, mover, told = ctx.way
-        grad_RD, grad_RK = mover.home(grads[:2], splits, told)
-        return sum_rows(grad_RD, rows), grad_RK, None, None, None, None, None
+        grad_RD = None if ctx.travel is None else ctx.travel.come_home()
+        if grad_RD is None:
+            grad_RD, grad_RK = mover.home(grads[:2], splits, told)
+        else:
+            (grad_RK,) = mover.home(grads[1:2], splits, told)
+        return sum_rows(grad_RD, rows), grad_RK, *[None] * 6
 
 
 class Return(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.dispatch.base import Group
-from moe_router.dispatch.exchange import Splits
+from moe_router.dispatch.exchange import Splits, Travel
 from moe_router.dispatch.inbox import Inbox, SharedInbox, row_bytes
 from moe_router.dispatch.padded import Padded
 from moe_router.dispatch.symmetric import SymmetricInbox
@@ -39,6 +39,12 @@ class PeerMover:
         at = [self._rank * n for n in splits.send]
         parts = [(x_TD, rows.src_R), *((part, None) for part in also)]
         return self._exchange(parts, splits, splits.send, at, sum(splits.receive), told)
+
+    def start_out(
+        self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
+    ) -> tuple[list[Tensor], Travel | None]:
+        """Nothing is left on its way: rows, ids and weights are one exchange."""
+        return self.out(x_TD, rows, also, splits, told), None
 
     def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
         at = [sum(splits.send[: self._rank])] * len(splits.send)

@@ -76,10 +76,12 @@ class MoE(nn.Module):
 
         first_token = context.key.first_token
         received = self.dispatcher.dispatch(x_TD, choice, plan, self.placement, first_token)
+        # while rows travel: they are waited for where x_ND is asked for
+        shared_TD = None if self.shared is None else self.shared(x_TD)
         y_ND = self.experts(received.x_ND, received.choice, received.plan)
         delta_TD = self.dispatcher.combine(y_ND, received)
-        if self.shared is not None:
-            delta_TD = delta_TD + self.shared(x_TD)
+        if shared_TD is not None:
+            delta_TD = delta_TD + shared_TD
         if not isinstance(x, Tokens):
             delta_TD = delta_TD.view(x.shape)
         return Routed(delta_TD, choice, plan, received.overflow)

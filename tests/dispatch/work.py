@@ -6,7 +6,7 @@ import itertools
 import torch
 
 from moe_router.config import MoEConfig
-from moe_router.dispatch import AllToAll, GatherScatter, Local, Padded, PeerMemory
+from moe_router.dispatch import AllToAll, GatherScatter, Local, Padded, PeerMemory, exchange
 from moe_router.layers.experts import Experts
 from moe_router.layers.moe import MoE
 from moe_router.placement import Placement
@@ -202,3 +202,27 @@ def move_part(
 
 def move_parts(rank, ranks, name, cases, device="cpu"):
     return [move_part(rank, ranks, name, *case, device=device) for case in cases]
+
+
+def run_with_log(rank, ranks, variant):
+    """What a layer with a shared expert does, in order, forward and backward."""
+    layer = shard(
+        whole_layer(MoEConfig(**variant)), Placement.contiguous(variant["experts"], ranks), rank,
+        AllToAll(),
+    )  # fmt: skip
+    log, real = [], exchange.start_exchange
+
+    def logged(*args):
+        log.append("rows leave")
+        out, wait = real(*args)
+        return out, lambda: (wait(), log.append("rows are waited for"))
+
+    layer.shared.register_forward_hook(lambda *_: log.append("shared expert"))
+    layer.shared.register_full_backward_hook(lambda *_: log.append("shared expert, backward"))
+    x_TD = batch(7)[0].requires_grad_()
+    exchange.start_exchange = logged
+    try:
+        layer(packed(x_TD)).delta_TD.sum().backward()
+    finally:
+        exchange.start_exchange = real
+    return log

@@ -1,0 +1,12 @@
+"""The shared expert runs while rows travel, there and back."""
+
+from tests.dispatch import work
+from tests.gloo import run_ranks
+
+VARIANT = {"experts": 4, "top_k": 2, "hidden": 12, "shared_hidden": 6}
+
+
+def test_the_shared_expert_runs_between_departure_and_arrival():
+    forward = ["rows leave", "shared expert", "rows are waited for"]
+    backward = ["rows leave", "shared expert, backward", "rows are waited for"]
+    assert run_ranks(2, work.run_with_log, VARIANT) == [forward + backward] * 2
