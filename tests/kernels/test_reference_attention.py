@@ -4,7 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_router_kernels import reference
+from moe_router_kernels.reference_attention import (
+    block_mask,
+    choose_blocks,
+    generate_mask,
+    masked_attention,
+)
 
 few = settings(max_examples=25, deadline=None)
 sequences = st.lists(st.integers(0, 9), min_size=1, max_size=4)
@@ -16,7 +21,7 @@ def test_the_mask_is_its_definition(lengths, clusters, window, first, seed):
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     T = int(offsets[-1])
     scores = torch.randn(T, clusters, generator=torch.Generator().manual_seed(seed))
-    mask = reference.generate_mask(offsets, scores, window, first)
+    mask = generate_mask(offsets, scores, window, first)
     home = [b for b, n in enumerate(lengths) for _ in range(n)]
     cluster = scores.argmax(-1)
     for q in range(T):
@@ -32,7 +37,7 @@ def test_the_mask_is_its_definition(lengths, clusters, window, first, seed):
 def test_own_block_first_then_the_best_earlier_ones(S, block, k, seed):
     generator = torch.Generator().manual_seed(seed)
     q, key = torch.randn(S, 4, 8, generator=generator), torch.randn(S, 2, 8, generator=generator)
-    target = reference.choose_blocks(q, key, block, k)
+    target = choose_blocks(q, key, block, k)
     blocks = -(-S // block)
     assert target.shape == (blocks, 2, min(k, blocks))
     for n in range(blocks):
@@ -50,18 +55,18 @@ def test_own_block_first_then_the_best_earlier_ones(S, block, k, seed):
 def test_all_blocks_are_dense_causal_attention():
     torch.manual_seed(0)
     q, k, v = torch.randn(13, 4, 8), torch.randn(13, 2, 8), torch.randn(13, 2, 8)
-    mask = reference.block_mask(reference.choose_blocks(q, k, 4, 4), 13, 4)
+    mask = block_mask(choose_blocks(q, k, 4, 4), 13, 4)
     assert torch.equal(mask, torch.ones(13, 13, dtype=torch.bool).tril().expand(2, 13, 13))
     wanted = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
     )
-    ours = reference.masked_attention(q, k, v, mask)
+    ours = masked_attention(q, k, v, mask)
     torch.testing.assert_close(ours, wanted.transpose(0, 1))
 
 
 def test_a_later_token_changes_no_earlier_block_choice():
     torch.manual_seed(0)
     q, k = torch.randn(16, 2, 8), torch.randn(16, 2, 8)
-    before = reference.choose_blocks(q, k, 4, 2)
+    before = choose_blocks(q, k, 4, 2)
     q[12:], k[12:] = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
-    assert torch.equal(reference.choose_blocks(q, k, 4, 2)[:3], before[:3])
+    assert torch.equal(choose_blocks(q, k, 4, 2)[:3], before[:3])
