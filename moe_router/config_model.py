@@ -84,13 +84,13 @@ class MoEConfig(RouterConfig):
 class RoutingConfig:
     """Which blocks a token takes. Equations: docs/routing.md."""
 
-    kind: Literal["skip", "halt", "prune", "merge"]
+    kind: Literal["skip", "halt", "leap", "prune", "merge"]
     decide: Literal["top", "threshold"] = "top"  # prune: the best of a sequence, or those above
     keep: float = 0.5  # skip: of a sequence, what a routed block computes; prune: what it leaves
-    threshold: float | None = None  # prune: of importance; halt: of its sum; null: 0.5, 0.99
+    threshold: float | None = None  # halt: of the sum (null: 0.99); prune, leap: least (null: 0.5)
     temperature: float = 0.1  # prune: width of the soft threshold that gradients see
     soft_steps: int = 0  # prune: first training steps in which no token leaves, but weighs less
-    protect: int = 1  # prune: first tokens of a sequence that never leave
+    protect: int = 1  # prune, leap: first tokens of a sequence that always stay
     min_keep: int = 1  # prune: tokens of a sequence that stay at least
     every: int = 2  # every n-th block is routed
     first: int = 1  # blocks before this one are not
@@ -98,7 +98,7 @@ class RoutingConfig:
     router_hidden: int = 64  # width of the mlp router and predictor, features of the position
     predictor: Literal["score", "mlp"] = "score"  # skip: who decides where later tokens are unknown
     predictor_loss: float = 0.01  # coefficient of what teaches it
-    start: float = -3.0  # halt: logit of that probability before any training
+    start: float = -3.0  # halt, leap: logit of its probability before any training
     ponder_loss: float = 0.01  # halt: coefficient of steps plus remainder
     cost_loss: float = 0.0  # coefficient of the expected FLOPs, as a share of the dense model's
     budget: float | None = None  # share of those FLOPs to execute: training sets the coefficient
@@ -125,9 +125,9 @@ class RoutingConfig:
             ("curriculum", self.curriculum >= 0, "0 or more steps"),
         ):
             require(holds, f"model.routing.{key}", getattr(self, key), want)
-        if not (self.kind == "halt" or self.decide == "threshold"):
+        if not (self.kind in ("halt", "leap") or self.decide == "threshold"):
             free = self.budget is None and self.cost_loss == 0
-            want = "null, and cost_loss 0: keep says how many (or kind halt, or decide threshold)"
+            want = "null, and cost_loss 0: keep says how many (not to halt, leap, decide threshold)"
             require(free, "model.routing.budget", self.budget, want)
         if self.kind != "prune":
             want = "top, or model.routing.kind=prune"
@@ -155,6 +155,11 @@ class RoutingConfig:
         if step is None or step >= self.curriculum:
             return target
         return 1 - (1 - target) * step / self.curriculum
+
+    @property
+    def tokens_leave(self) -> bool:
+        """Whether a token that a block does not compute is gone for good."""
+        return self.kind not in ("skip", "leap")
 
     @property
     def costs(self) -> bool:
@@ -206,10 +211,10 @@ class ModelConfig:
         routing, moe = self.routing, self.moe
         if routing is None:
             return
-        fits = routing.kind in ("skip", "halt") or self.kind != "causal_lm"
-        want = "skip or halt: other tokens leave, and have no logits (or model.kind=encoder)"
+        fits = routing.kind in ("skip", "halt", "leap") or self.kind != "causal_lm"
+        want = "skip, halt or leap: other tokens leave, and have no logits (or model.kind=encoder)"
         require(fits, "model.routing.kind", routing.kind, want)
-        last = self.layers - (1 if routing.kind in ("skip", "merge") else 2)
+        last = self.layers - (2 if routing.kind in ("halt", "prune") else 1)
         want = f"at most {last}: a model of {self.layers} layers has no routed block after it"
         require(routing.first <= last, "model.routing.first", routing.first, want)
         if moe is not None:

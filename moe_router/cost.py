@@ -1,7 +1,7 @@
 """What a model costs, from its config alone: parameters, FLOPs, bytes.
 
 Counted are matrix products, 2 FLOPs per multiply-add, of a dropless forward pass; training is three
-times that. Halting and pruning by threshold count as if no token left: when they do is learned.
+times that. Halting, leaping and pruning by threshold count as if no token left: when is learned.
 Not counted: norms, rotations, softmax, the sizes of merged keys, the optimizer, activations in
 memory.
 """

@@ -52,7 +52,9 @@ def parts_of(config: Config, vocab: int) -> Iterator[Part]:
             yield _match(layer, config, merges, staying)
             staying *= keep
         leaves = i < model.layers - 1 and (model.routes(i, "prune") or model.routes(i, "halt"))
-        if model.routing is not None and (leaves or model.routes(i, "skip")):
+        if model.routing is not None and (
+            leaves or model.routes(i, "skip") or model.routes(i, "leap")
+        ):
             yield _depth_router(layer, config, model.routing, staying)
             if model.routes(i, "prune") and model.routing.decide == "top":
                 staying *= keep

@@ -16,7 +16,6 @@ from moe_router.config import RoutingConfig
 from moe_router.routing import Context
 from moe_router.routing.depth import DepthRouter, Kept, flops_of, keep_best, keep_where
 from moe_router.types import Choice, Tokens, Total, same
-from moe_router_kernels import combine
 
 
 class Skip(nn.Module):
@@ -70,11 +69,6 @@ class Skip(nn.Module):
         if context.ledger is not None and not recomputing:
             context.ledger.add("router", flops_of(self, len(x_TD)), 0)
         return Choice(kept.target_T1, weight_T1, losses), kept
-
-    def scatter(self, delta_RD: Tensor, choice: Choice, kept: Kept) -> Tensor:
-        """(R, D) deltas of the kept tokens to (T, D): weight * delta, 0 for the others."""
-        plan = kept.plan
-        return combine(delta_RD, choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)
 
 
 def _surprise(logit_T: Tensor, target_T1: Tensor) -> Tensor:

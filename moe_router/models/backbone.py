@@ -109,7 +109,7 @@ class Backbone(nn.Module):
             flops = flops_of_blocks(self.config, packing.lengths, causal=causal)
             cost = ExpectedCost(flops, packing.tokens)
         routing = self.config.routing
-        if context.observe is not None and routing is not None and routing.kind != "skip":
+        if context.observe is not None and routing is not None and routing.tokens_leave:
             passed.plan = every_token(packing.lengths, input_T.device)
         if self.halts:
             passed.halted = begin(passed.stream.x_TD, packing.lengths)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_router.config import Kernels, ModelConfig
 from moe_router.dispatch import Dispatcher, Local
+from moe_router.layers.leap import Leap
 from moe_router.layers.merge import Merge, Merged
 from moe_router.layers.moe import MoE
 from moe_router.layers.skip import Skip
@@ -20,7 +21,7 @@ from moe_router.models.rope import Turn
 from moe_router.models.stream import Stream
 from moe_router.placement import Placement
 from moe_router.routing import Context
-from moe_router.routing.depth import Kept
+from moe_router.routing.depth import Kept, scatter
 from moe_router.types import Choice, Routed, Tokens
 
 
@@ -80,6 +81,9 @@ class Block(nn.Module):
         self.skip: Skip | None = None
         if config.routing is not None and config.routes(layer, "skip"):
             self.skip = Skip(config.dim, config.routing, total=(dispatcher or Local()).total)
+        self.leap: Leap | None = None
+        if config.routing is not None and config.routes(layer, "leap"):
+            self.leap = Leap(config.dim, config.routing)
         self.weighs = config.routing is not None and config.routing.weighs
         self.counts_received = (
             config.routing is not None
@@ -104,17 +108,18 @@ class Block(nn.Module):
         stream = Stream(x_TD, position_T, turn, packing, size_T)
         if self.merge is not None:
             return self._merging(self.merge, stream, context)
-        if self.skip is None:
+        chooser = self.skip or self.leap
+        if chooser is None:
             attended = self._attend(stream, cache)
             x_TD = x_TD + attended.out_TD
             delta_TD, routed = self._feed(x_TD, stream, context)
             return BlockOutput(x_TD + delta_TD, routed, received_T=attended.received_T)
-        choice, kept = self.skip.choose(stream.tokens, packing.lengths, context)
+        choice, kept = chooser.choose(stream.tokens, packing.lengths, context)
         rows = stream.take(kept)
         attention_RD = self._attend(rows, cache).out_TD
         inside = context.part("block").within(kept.plan)
         delta_RD, routed = self._feed(rows.x_TD + attention_RD, rows, inside)
-        delta_TD = self.skip.scatter(attention_RD + delta_RD, choice, kept)
+        delta_TD = scatter(attention_RD + delta_RD, choice, kept)
         return BlockOutput(x_TD + delta_TD, routed, choice, kept)
 
     def _merging(self, merge: Merge, stream: Stream, context: Context) -> BlockOutput:

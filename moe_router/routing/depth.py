@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from moe_router.config import RoutingConfig
 from moe_router.routing.plan import plan_from_ids
 from moe_router.routing.score import make_score
-from moe_router.types import Plan
-from moe_router_kernels import reference, select_top_c
+from moe_router.types import Choice, Plan
+from moe_router_kernels import combine, reference, select_top_c
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,12 @@ def keep_where(keep_T: Tensor, offsets_B1: Tensor) -> Kept:
 
 def _kept(target_T1: Tensor, lengths: tuple[int, ...]) -> Kept:
     return Kept(target_T1, plan_from_ids(target_T1, len(lengths), rows=sum(lengths)), lengths)
+
+
+def scatter(delta_RD: Tensor, choice: Choice, kept: Kept) -> Tensor:
+    """(R, D) deltas of the kept tokens to (T, D): weight * delta, 0 for the others."""
+    plan = kept.plan
+    return combine(delta_RD, choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)
 
 
 def every_token(lengths: Sequence[int], device: torch.device) -> Plan:

@@ -60,6 +60,12 @@ def skip_logits(model, ids_S):
     for block in model.blocks:
         keep_S = torch.ones(len(ids_S), dtype=torch.bool)
         weight_S1 = torch.ones(len(ids_S), 1, dtype=x_SD.dtype)
+        if block.leap is not None:
+            routing = block.leap.config
+            keep_p_S = (-block.leap.router(x_SD, position_S) - routing.start).sigmoid()
+            keep_p_S = torch.where(position_S < routing.protect, 1.0, keep_p_S)
+            keep_S = keep_p_S > routing.cut
+            weight_S1 = (keep_p_S + 1 - keep_p_S.detach())[:, None]
         if block.skip is not None:
             logit_S = block.skip.router(x_SD, position_S)
             weight_S1 = logit_S.sigmoid()[:, None]

@@ -15,6 +15,7 @@ from tests.models.oracle import halt_logits, skip_logits
 LENGTHS = [5, 1, 9, 3]
 SKIP = {"kind": "skip", "keep": 0.5, "every": 2, "first": 1}
 HALT = {"kind": "halt", "start": -0.5, "every": 1, "first": 0}
+LEAP = {"kind": "leap", "start": 0.3, "every": 1, "first": 0}
 VARIANTS = {
     "skip": (SKIP, None),
     "skip_all_blocks": (SKIP | {"every": 1, "first": 0, "keep": 0.3}, None),
@@ -24,6 +25,9 @@ VARIANTS = {
     "halt_early": (HALT | {"threshold": 0.4}, None),
     "halt_every_second": (HALT | {"every": 2, "threshold": 0.7}, None),
     "halt_moe": (HALT, {"every": 2, "first": 1}),
+    "leap": (LEAP, None),
+    "leap_most": (LEAP | {"protect": 0, "threshold": 0.8, "every": 2, "first": 1}, None),
+    "leap_moe": (LEAP | {"protect": 2, "router": "mlp", "router_hidden": 8}, {"every": 2}),
     "position": (SKIP | {"router": "position", "router_hidden": 4}, None),
 }
 
@@ -34,7 +38,7 @@ def depth_model(name, **more):
 
 
 def oracle(model, ids_S):
-    if model.config.routing.kind == "skip":
+    if model.config.routing.kind in ("skip", "leap"):
         return *skip_logits(model, ids_S), torch.zeros(len(ids_S))
     return halt_logits(model, ids_S)
 
@@ -162,6 +166,31 @@ def test_any_lengths_and_any_keep(lengths, keep, training):
     (output.logits_TV.sum() + model.aux_loss(output)).backward()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("start", "protect", "computed"), [(40.0, 0, 0), (40.0, 1, 1), (40.0, 3, 3), (-40.0, 0, 9)]
+)
+def test_nobody_leaps_everybody_or_all_but_the_protected(start, protect, computed):
+    routing = RoutingConfig(**LEAP | {"start": start, "protect": protect})
+    for training in (True, False):
+        model = small_model(None, routing=routing, layers=2).double().train(training)
+        ids_T, position_T, offsets_B1 = packed(LENGTHS)
+        ledger = Ledger()
+        logits_TV = model(ids_T, position_T, offsets_B1, context=Context(ledger=ledger)).logits_TV
+        parts = [skip_logits(model, ids_S)[0] for ids_S in sequences(ids_T, offsets_B1)]
+        torch.testing.assert_close(logits_TV, torch.cat(parts).float(), rtol=1e-5, atol=1e-6)
+        rows = sum(min(n, computed) for n in LENGTHS)
+        assert ledger.by_op()["mlp"][0] == 2 * rows * 6 * 16 * 24
+
+
+@torch.no_grad()
+def test_a_token_that_leapt_comes_back():
+    model, ran = depth_model("leap").eval(), []
+    model(*packed(LENGTHS), context=Context(observe=lambda i, c, p: ran.append(c.target_TK >= 0)))
+    ran_TL = torch.cat(ran, 1)
+    assert (~ran_TL[:, :-1] & ran_TL[:, 1:]).any()
+
+
 def test_the_predictor_learns_whom_training_keeps():
     for predictor in ("score", "mlp"):
         routing = RoutingConfig(
@@ -184,7 +213,7 @@ def test_the_predictor_learns_whom_training_keeps():
 
 
 def test_generate_is_the_same_alone_and_together():
-    for name in ("skip", "halt", "skip_moe"):
+    for name in ("skip", "halt", "skip_moe", "leap"):
         model = depth_model(name)
         prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
         sampling = Sampling(max_new_tokens=12, temperature=0.0)
@@ -205,7 +234,7 @@ def test_a_depth_router_that_is_frozen_has_no_gradient():
 
 
 def test_a_causal_lm_refuses_to_prune():
-    with pytest.raises(ConfigError, match=r"routing\.kind=prune: want skip or halt"):
+    with pytest.raises(ConfigError, match=r"routing\.kind=prune: want skip, halt or leap"):
         small_model(None, routing=RoutingConfig(kind="prune"))
     model = small_model({"policy": "expert_choice"}, routing=RoutingConfig(**SKIP))
     with pytest.raises(NotCausalError, match="expert_choice"):

@@ -8,6 +8,7 @@ from tests.training.test_classifier import config_of, texts
 
 __all__ = ["texts"]  # a fixture
 
+LEAP = {"kind": "leap", "start": -1.0}
 HALT = {"kind": "halt", "threshold": 0.9, "start": -1.0, "ponder_loss": 0.0}
 
 
@@ -16,9 +17,9 @@ def shares(trainer, steps):
     return [record.executed_flops / record.dense_flops for record in records]
 
 
-@pytest.mark.parametrize("budget", [0.5, 0.75])
-def test_halting_comes_to_its_budget(budget):
-    routing = HALT | {"every": 1, "first": 0, "budget": budget}
+@pytest.mark.parametrize(("kind", "budget"), [(HALT, 0.5), (LEAP, 0.4)])
+def test_whoever_halts_or_leaps_comes_to_the_budget(kind, budget):
+    routing = kind | {"every": 1, "first": 0, "budget": budget}
     model = {"moe": None, "layers": 4, "routing": routing}
     ran = shares(Trainer(work.tiny(model=model, lr=5e-3, steps=120)), 120)
     assert ran[0] > 0.9
