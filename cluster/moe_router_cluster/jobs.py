@@ -101,7 +101,7 @@ class Jobs:
         name = re.sub(r"[^\w.-]+", "-", config.run.name)
         with _packed(there) as folder, self.explained():
             sent: str = self.client.submit_job(
-                entrypoint="python -m moe_router_cluster.cli train config.yaml"
+                entrypoint="python -m moe_router_cluster.keep train config.yaml"
                 + " --restart" * restart,
                 submission_id=f"{name}-{secrets.token_hex(3)}",
                 metadata={"run": config.run.name},
