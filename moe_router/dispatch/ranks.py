@@ -52,6 +52,7 @@ def _rank(
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast stays off, as for peer memory
     else:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
