@@ -92,3 +92,29 @@ def masked_attention(q_SHd: Tensor, k_SJd: Tensor, v_SJd: Tensor, mask_JSS: Tens
     weight_HSS = score_HSS.masked_fill(~mask_HSS, float("-inf")).softmax(-1)
     out_HSd: Tensor = weight_HSS @ v
     return out_HSd.transpose(0, 1).to(q_SHd.dtype)
+
+
+def attend_blocks(
+    q_THd: Tensor,
+    k_TJd: Tensor,
+    v_TJd: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    target_NJK: Tensor,
+    causal: bool = True,
+) -> Tensor:
+    """(T, H, d): each query attends to the keys of the blocks that its own block has chosen.
+
+    Args:
+        first_N, last_N: int32, where each block begins and ends among the T packed tokens.
+        target_NJK: int32, key blocks of each (query block, KV head); -1 is none.
+        causal: never to a later token.
+    """
+    token_T = torch.arange(q_THd.size(0), device=q_THd.device)
+    block_T = torch.searchsorted(last_N.long(), token_T, right=True)
+    ids_N = torch.arange(first_N.numel(), device=token_T.device)
+    chosen_JNN = (target_NJK[..., None] == ids_N).any(2).transpose(0, 1)
+    mask_JTT = chosen_JNN[:, block_T][:, :, block_T]
+    if causal:
+        mask_JTT = mask_JTT & (token_T[:, None] >= token_T)
+    return masked_attention(q_THd, k_TJd, v_TJd, mask_JTT)

@@ -17,7 +17,15 @@ from triton.backends import nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from moe_router_kernels import fused_gate, grouped, permute, planning, tiles, top_c  # noqa: E402
+from moe_router_kernels import (  # noqa: E402
+    block_attention,
+    fused_gate,
+    grouped,
+    permute,
+    planning,
+    tiles,
+    top_c,
+)
 
 BIN = Path(nvidia.__file__).parent / "bin"
 INTS, FLOATS = "*i32", "*fp32"
@@ -182,6 +190,25 @@ def test_group_weights(name, transposed, tmp_path):
     flags = {"GATHER_A": True, "TRANSPOSED": transposed}
     sass = gemm(grouped._weights_kernel, name, tmp_path, **flags)
     assert spills(sass) == 0 and "HGMMA" in sass and "UTMALDG" in sass and "LDGSTS" in sass
+
+
+ATTEND = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "grad_q_ptr"], HALF)
+ATTEND |= dict.fromkeys(["grad_k_ptr", "grad_v_ptr"], HALF)
+ATTEND |= dict.fromkeys(["lse_ptr", "dot_ptr"], FLOATS) | {"scale": "fp32"}
+ATTEND |= dict.fromkeys(["first_ptr", "last_ptr", "target_ptr", "unit_ptr", "offsets_ptr"], INTS)
+ATTEND |= dict.fromkeys(["H", "J", "K"], "i32")
+
+
+@pytest.mark.parametrize("name", ["_forward_kernel", "_queries_kernel", "_keys_kernel"])
+@pytest.mark.parametrize("channels", [64, 128])
+def test_attend_blocks(name, channels, tmp_path):
+    kernel = getattr(block_attention, name)
+    constants = {"D": channels, "BLOCK": 64, "CAUSAL": True, "PRECISION": "tf32"}
+    pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
+    accumulators = 2 if name == "_keys_kernel" else 1
+    options = {"num_warps": block_attention.warps(channels, 64, accumulators), "num_stages": 2}
+    sass = machine_code(kernel, ATTEND, constants, tmp_path, pointers, **options)
+    assert spills(sass) == 0 and "HGMMA" in sass
 
 
 def test_tile_table(tmp_path):
