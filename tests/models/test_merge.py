@@ -193,5 +193,5 @@ def test_keeping_all_is_the_model_without():
 
 
 def test_a_causal_lm_does_not_merge():
-    with pytest.raises(ConfigError, match=r"routing\.kind=merge: want skip or halt"):
+    with pytest.raises(ConfigError, match=r"routing\.kind=merge: want skip, halt or leap"):
         small_model(None, routing=RoutingConfig(kind="merge", keep=0.5))
