@@ -173,7 +173,7 @@ class ClusterConfig:
     max_recoveries: int = 10  # lost actors after which the run gives up
     replicate_every: int = 0  # steps between replicas in peers' memory; 0: none
     spare_s: float = 60.0  # to wait for a lost actor's new place; then fewer actors go on
-    transport: Transport = "auto"  # how tokens reach experts of other actors, in training
+    transport: Transport = "all_to_all"  # how tokens reach experts of other actors, in training
     row_bound: float = 2.0  # rows of a static transport, as a multiple of the mean load
 
     def __post_init__(self) -> None:
