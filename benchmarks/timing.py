@@ -1,4 +1,4 @@
-"""Timing on a GPU: cold caches, contenders in turn, medians with p90."""
+"""Timing: contenders in turn, medians with p90; on a GPU with cold caches."""
 
 import statistics
 import time
@@ -41,7 +41,11 @@ def interleave(runs: dict[str, Run], *, rounds: int, idle: bool = False) -> dict
     Args:
         idle: the GPU waits for the host before each sample, so that the time holds what the host
             needs to launch; else the GPU is kept busy meanwhile, which hides the launches.
+
+    Without a GPU it is the time on the host.
     """
+    if not torch.cuda.is_available():
+        return _on_host(runs, rounds)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -59,6 +63,16 @@ def interleave(runs: dict[str, Run], *, rounds: int, idle: bool = False) -> dict
             end.record()
             torch.cuda.synchronize()
             samples[name].append(start.elapsed_time(end) * 1e3)
+    return {name: summary(of) for name, of in samples.items()}
+
+
+def _on_host(runs: dict[str, Run], rounds: int) -> dict[str, Timing]:
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            samples[name].append((time.perf_counter() - began) * 1e6)
     return {name: summary(of) for name, of in samples.items()}
 
 

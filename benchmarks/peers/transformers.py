@@ -1,6 +1,8 @@
-"""transformers' experts, implementation grouped_mm."""
+"""transformers' experts, by any of its implementations; in the kernels' table by grouped_mm."""
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,12 @@ from benchmarks.peers.base import Call, Layer, Limited, Peer, Route
 qwen = importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 
-def layer(layer: Layer, train: bool) -> Call:
+def layer_by(implementation: str) -> Callable[[Layer, bool], Call]:
+    """What makes a layer of a Qwen3-MoE whose experts are computed so."""
+    return partial(_layer, implementation)
+
+
+def _layer(implementation: str, layer: Layer, train: bool) -> Call:
     D, F = layer.down.shape[1:]
     config = importlib.import_module("transformers").Qwen3MoeConfig(
         hidden_size=D,
@@ -18,7 +25,7 @@ def layer(layer: Layer, train: bool) -> Call:
         num_experts=layer.experts,
         num_experts_per_tok=layer.ids_TK.size(1),
     )
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = implementation
     with torch.device("meta"):
         experts = qwen.Qwen3MoeExperts(config)
     x_TD, weight_TK, gate_up, down = layer.leaves(train)
@@ -48,4 +55,4 @@ def route_groups(of: Limited) -> Route:
     return lambda: moe.route_tokens_to_experts(of.logits)[0]
 
 
-PEER = Peer("transformers", "transformers", layer, route_groups=route_groups)
+PEER = Peer("transformers", "transformers", layer_by("grouped_mm"), route_groups=route_groups)
