@@ -33,11 +33,10 @@ class Device(StrEnum):
 
 
 Run = Annotated[Path, typer.Argument(help="runs/NAME, or one of its steps: runs/NAME/step_N")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the config")
-]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key")]
 Where = Annotated[Device, typer.Option(help="where to compute")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")]
+Spend = Annotated[float | None, typer.Option(help="depth: 0, the least, to 1", min=0, max=1)]
 
 
 @contextmanager
@@ -71,7 +70,11 @@ def main(
 
 @app.command("eval")
 def evaluate(
-    run: Run, set_: Set = None, device: Where = Device.auto, as_json: AsJson = False
+    run: Run,
+    set_: Set = None,
+    device: Where = Device.auto,
+    as_json: AsJson = False,
+    compute_budget: Spend = None,
 ) -> None:
     """Held-out quality of a checkpoint: loss and bits per byte."""
     with one_line_errors():
@@ -81,7 +84,7 @@ def evaluate(
         from moe_router.commands import evaluate_step
         from moe_router.tables import eval_table
 
-        record = evaluate_step(step, set_ or (), _device(device))
+        record = evaluate_step(step, set_ or (), _device(device), compute_budget)
         if as_json:
             _print_json(asdict(record))
         else:
@@ -96,6 +99,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0: the likeliest", min=0)] = None,
     seed: Annotated[int, typer.Option(help="another seed, another text")] = 0,
     device: Where = Device.auto,
+    compute_budget: Spend = None,
 ) -> None:
     """Let a checkpoint go on from a prompt."""
     asked = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature}
@@ -106,7 +110,7 @@ def generate(
         from moe_router.commands import speak
         from moe_router.tables import visible
 
-        said = speak(step, asked, seed, _device(device))
+        said = speak(step, asked, seed, _device(device), compute_budget)
         typer.echo(visible(said) if sys.stdout.isatty() else said)
 
 

@@ -13,6 +13,7 @@ from moe_router.errors import ConfigError
 from moe_router.integrations import layout
 from moe_router.models import CausalLM, Sampling, generate
 from moe_router.observability.records import EvalRecord
+from moe_router.training.calibrate import calibrate
 from moe_router.training.checkpoint import CheckpointWriter, read_about
 from moe_router.training.data import load_dataset, load_tokenizer
 from moe_router.training.evaluate import evaluate
@@ -20,11 +21,15 @@ from moe_router.training.inference import load_for_inference, load_model
 from moe_router.training.state import named_weights
 
 
-def evaluate_step(step_dir: Path, overrides: Sequence[str], device: str) -> EvalRecord:
+def evaluate_step(
+    step_dir: Path, overrides: Sequence[str], device: str, compute_budget: float | None = None
+) -> EvalRecord:
     """Held-out quality of a checkpoint.
 
     Args:
         overrides: "a.b=value" over the run's config: other data, more train.eval_rows.
+        compute_budget: from the least that its routers can compute (0) to the most (1); None: as
+            trained.
 
     Raises:
         MoeRouterError: no checkpoint, no data, or an override of what the model is.
@@ -33,6 +38,8 @@ def evaluate_step(step_dir: Path, overrides: Sequence[str], device: str) -> Eval
     config = _changed(config, overrides, step_dir)
     step = read_about(step_dir)["step"]
     dataset = load_dataset(config.data)
+    if compute_budget is not None:
+        calibrate(model, dataset, config, compute_budget)
     return evaluate(model, dataset, config, step, 0, 1, torch.device(device))
 
 
@@ -50,17 +57,26 @@ def _changed(config: Config, overrides: Sequence[str], step_dir: Path) -> Config
     return changed
 
 
-def speak(step_dir: Path, asked: dict[str, Any], seed: int, device: str) -> str:
+def speak(
+    step_dir: Path,
+    asked: dict[str, Any],
+    seed: int,
+    device: str,
+    compute_budget: float | None = None,
+) -> str:
     """A prompt, and how a checkpoint goes on from it.
 
     Args:
         asked: keys of `serve` in the place of the run's; None leaves the run's.
         seed: names the draws.
+        compute_budget: as in `evaluate_step`.
 
     Raises:
         MoeRouterError: no checkpoint, or its model is not causal.
     """
     model, config, tokenizer = load_for_inference(step_dir, device)
+    if compute_budget is not None:
+        calibrate(model, load_dataset(config.data), config, compute_budget)
     serve = replace(config.serve, **{k: v for k, v in asked.items() if v is not None})
     sampling = Sampling(
         max_new_tokens=serve.max_new_tokens,

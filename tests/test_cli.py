@@ -92,6 +92,12 @@ def test_eval_takes_other_data(run, folder):
     assert "--set model.dim=32: the model and its tokenizer are those of the checkpoint" in error
 
 
+def test_a_compute_budget_wants_a_model_routed_in_depth(run):
+    for command in ("eval", "generate"):
+        error = error_of(run(command, "tiny", "--compute-budget", "0.5"))
+        assert error.startswith("compute budget 0.5: want a model whose tokens skip, halt, leap or")
+
+
 def test_generate_is_repeatable(run):
     words = ("generate", "tiny", "--prompt", "one ", "--max-new-tokens", "8", "--device", "cpu")
     first, again = run(*words), run(*words)

@@ -12,11 +12,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_router.config import RoutingConfig
 from moe_router.routing import Context
-from moe_router.routing.depth import DepthRouter, Kept, chain, every_token, flops_of, keep_where
+from moe_router.routing.depth import (
+    DepthRouter,
+    Kept,
+    Shifted,
+    chain,
+    every_token,
+    flops_of,
+    keep_where,
+)
 from moe_router.types import HaltState, Plan, Tokens
 from moe_router_kernels import combine
 
@@ -32,7 +40,7 @@ def begin(x_TD: Tensor, lengths: Sequence[int]) -> HaltState:
     return HaltState(plan, zero_T, zero_T, zero_T.int(), torch.zeros_like(x_TD))
 
 
-class Halt(nn.Module):
+class Halt(Shifted):
     """Args:
     dim: hidden size D.
     config: threshold, start, router.
@@ -53,7 +61,7 @@ class Halt(nn.Module):
         Returns:
             The next state, and which of the rows go on.
         """
-        logit_R = self.router(rows.x_TD, rows.position_T) + self.config.start
+        logit_R = self.router(rows.x_TD, rows.position_T) + (self.config.start - self.lean)
         if context.ledger is not None:
             context.ledger.add("router", flops_of(self, logit_R.numel()), 0)
         p_T = _weigh(logit_R.sigmoid()[:, None], state.plan)[:, 0]

@@ -12,15 +12,15 @@ budget asks for decides how many leap, and the loss of the task who.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_router.config import RoutingConfig
 from moe_router.routing import Context
-from moe_router.routing.depth import DepthRouter, Kept, flops_of, keep_where
+from moe_router.routing.depth import DepthRouter, Kept, Shifted, flops_of, keep_where
 from moe_router.types import Choice, Tokens
 
 
-class Leap(nn.Module):
+class Leap(Shifted):
     """Args:
     dim: hidden size D.
     config: threshold, start, protect and router.
@@ -55,5 +55,5 @@ class Leap(nn.Module):
     def _keeps(self, tokens: Tokens) -> Tensor:
         """(T,) probability that a token is computed; 1 for the protected."""
         logit_T = self.router(tokens.x_TD, tokens.position_T) + self.config.start
-        kept_T: Tensor = (-logit_T).sigmoid()
+        kept_T: Tensor = (self.lean - logit_T).sigmoid()
         return kept_T.masked_fill(tokens.position_T < self.config.protect, 1.0)

@@ -12,6 +12,7 @@ Source: Kim et al. 2021 (LTP, arXiv:2107.00910); its soft mask scales states, wh
 pre-norm block would undo, so here it scales how much others see of a token.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from moe_router.routing import Context
 from moe_router.routing.depth import (
     DepthRouter,
     Kept,
+    Shifted,
     best,
     flops_of,
     keep_all,
@@ -30,6 +32,15 @@ from moe_router.routing.depth import (
     keep_where,
 )
 from moe_router.types import Choice, Tokens
+
+
+def shifted_share(share: float, shift: float) -> float:
+    """A share whose logit is shifted; above 0."""
+    if shift == 0 or share == 1:
+        return share
+    odds = share / (1 - share) * math.exp(shift)
+    return max(odds / (1 + odds), 1e-6)
+
 
 LEAST = 1e-20  # mass of a token that nobody sees; its logarithm is finite
 
@@ -45,7 +56,7 @@ class Received(nn.Module):
         return received_T + self.bias.to(received_T.dtype)
 
 
-class Prune(nn.Module):
+class Prune(Shifted):
     """Args:
     dim: hidden size D.
     config: decide, keep, threshold, temperature, soft_steps, protect, min_keep and router.
@@ -84,11 +95,12 @@ class Prune(nn.Module):
         least = max(config.protect, config.min_keep)
         if config.decide == "top":
             keep = config.eased(config.keep, context.step if self.training else None)
+            keep = shifted_share(keep, self.lean)
             kept = keep_best(rank_T, tokens.offsets_B1, lengths, keep, least)
             weight_T = value_T
         else:
             safe_T = best(rank_T, tokens.offsets_B1, [min(n, least) for n in lengths])
-            margin_T = (value_T - config.cut) / config.temperature
+            margin_T = (value_T - config.cut) / config.temperature + self.lean
             weight_T = margin_T.sigmoid().masked_fill(safe_T, 1.0)
             mass_T = weight_T if tokens.size_T is None else weight_T * tokens.size_T
             if self._soft(context):

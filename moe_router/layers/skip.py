@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_router.config import RoutingConfig
 from moe_router.routing import Context
-from moe_router.routing.depth import DepthRouter, Kept, flops_of, keep_best, keep_where
+from moe_router.routing.depth import DepthRouter, Kept, Shifted, flops_of, keep_best, keep_where
 from moe_router.types import Choice, Tokens, Total, same
 
 
-class Skip(nn.Module):
+class Skip(Shifted):
     """Args:
     dim: hidden size D.
     config: keep, predictor and router.
@@ -58,7 +58,7 @@ class Skip(nn.Module):
             if self.training:
                 keep = self.config.eased(self.config.keep, context.step)
                 return keep_best(logit_T, tokens.offsets_B1, lengths, keep)
-            return keep_where(ahead_T > 0, tokens.offsets_B1)
+            return keep_where(ahead_T + self.lean > 0, tokens.offsets_B1)
 
         kept = context.recall("kept", keep)
         weight_T1 = logit_T.sigmoid()[:, None].masked_fill(kept.target_T1 < 0, 0.0)

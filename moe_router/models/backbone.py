@@ -23,7 +23,7 @@ from moe_router.models.rope import Turn, turn_at
 from moe_router.models.stream import Stream
 from moe_router.placement import Placement
 from moe_router.routing import Context, PlanMemory
-from moe_router.routing.depth import Kept, every_token
+from moe_router.routing.depth import Kept, Shifted, every_token
 from moe_router.types import Routed
 
 
@@ -181,6 +181,12 @@ class Backbone(nn.Module):
             passed.go_on(kept)
             passed.stream = replace(passed.stream, size_T=mass_R)
         return kept
+
+    def shift_routers(self, shift: float) -> None:
+        """Add to the logits of all routers in depth, in evaluation: more tokens, or fewer."""
+        for module in self.modules():
+            if isinstance(module, Shifted):
+                module.shift = shift
 
     @property
     def moes(self) -> list[MoE | None]:

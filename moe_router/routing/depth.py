@@ -67,6 +67,17 @@ class DepthRouter(nn.Module):
             return logit_T1.squeeze(-1) + reference.wide(self.bias)
 
 
+class Shifted(nn.Module):
+    """A layer that chooses tokens by a logit; `shift` is added to it in evaluation, where somebody
+    asks for more tokens, or for fewer."""
+
+    shift: float = 0.0
+
+    @property
+    def lean(self) -> float:
+        return 0.0 if self.training else self.shift
+
+
 def flops_of(router: nn.Module, tokens: int) -> int:
     """Of the matrix products by which `router` decides for these tokens."""
     return 2 * tokens * sum(p.numel() for p in router.parameters() if p.dim() > 1)
