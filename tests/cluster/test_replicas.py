@@ -94,6 +94,7 @@ def test_every_rank_is_killed_and_no_checkpoint_was_ever_written(tiny, clean, mo
     assert not list(Path("/dev/shm").glob("moe_router-*"))
 
 
+@pytest.mark.slow
 def test_a_holder_that_dies_costs_nothing_but_the_replica(tiny, clean, monkeypatch):
     config = tiny(name="holder", checkpoint_every=12, cluster={"replicate_every": 3})
     weights, facts = harmed(
