@@ -10,9 +10,12 @@ from tests.models.helpers import packed
 pytestmark = pytest.mark.gpu
 VOCAB = 200  # long sequences, no id twice
 PRUNE = RoutingConfig(kind="prune", keep=0.5, every=1, first=0)
+THRESHOLD = {"kind": "prune", "decide": "threshold", "every": 1, "first": 0}
 VARIANTS = {
     "dense": {},
     "prune": {"routing": PRUNE},
+    "threshold": {"routing": RoutingConfig(**THRESHOLD)},
+    "received": {"routing": RoutingConfig(**THRESHOLD, router="attention", threshold=0.99)},
     "merge": {"routing": RoutingConfig(kind="merge", keep=0.6, every=1, first=0)},
     "prune_moe": {"routing": PRUNE, "moe": MoEConfig(experts=4, top_k=2, hidden=16)},
 }
