@@ -3,6 +3,8 @@
 `MoE` is a layer for anybody's torch module; `Router` is what decides inside it.
 """
 
+from typing import Any
+
 from moe_router.config import MoEConfig, RouterConfig
 from moe_router.layers.moe import MoE
 from moe_router.routing import Context, Ledger, Router
@@ -14,6 +16,13 @@ def register_transformers() -> None:
     from moe_router.integrations import transformers
 
     transformers.register_transformers()
+
+
+def wrap(model: Any, kind: str, **routing: Any) -> Any:
+    """Route the tokens of a dense model of transformers; see `integrations.wrap`."""
+    from moe_router.integrations import wrap
+
+    return wrap.wrap(model, kind, **routing)
 
 
 __all__ = [
@@ -28,5 +37,6 @@ __all__ = [
     "RouterConfig",
     "Tokens",
     "register_transformers",
+    "wrap",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,217 @@
+"""Pruning wrapped around encoders of transformers: executed equals masked, padding costs nothing,
+routers learn while the model stays, and what is saved comes back."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+import moe_router
+from moe_router import Context, Ledger
+from moe_router.errors import CheckpointError, ConfigError
+from moe_router.integrations.wrap import RoutedEncoder, load_wrapped
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,  # layers that matter
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "pad_token_id": 1,
+}
+LENGTHS, S = (11, 4, 1, 8), 11
+
+
+def made(kind=BertModel, config=BertConfig, **more):
+    torch.manual_seed(0)
+    return kind(config(**SIZES, **more)).eval()
+
+
+def batch(lengths=LENGTHS, width=S, left=False):
+    """Random ids with padding at the right, or at the left."""
+    torch.manual_seed(1)
+    ids = torch.randint(2, 50, (len(lengths), width))
+    at = torch.arange(width)[None]
+    length = torch.tensor(lengths)[:, None]
+    mask = at >= width - length if left else at < length
+    return {"input_ids": ids.masked_fill(~mask, 1), "attention_mask": mask.long()}
+
+
+def encoder_of(model):
+    return next(m for m in model.modules() if isinstance(m, RoutedEncoder))
+
+
+def masked(model, routers, keep, inputs):
+    """By definition: every layer computes all tokens of one text, and who has left is not seen."""
+    x_BSD = model.embeddings(input_ids=inputs["input_ids"])
+    out = []
+    for x_SD, here in zip(x_BSD, inputs["attention_mask"].bool(), strict=True):
+        x = x_SD[here]
+        alive = torch.ones(len(x), dtype=torch.bool)
+        for i, layer in enumerate(model.encoder.layer):
+            seen = torch.where(alive, 0.0, -math.inf)[None, None, None].expand(1, 1, len(x), -1)
+            x = layer(x[None], seen)[0]
+            if str(i) in routers:
+                score = routers[str(i)].router(x, torch.arange(len(x)))
+                score = score.masked_fill(~alive, -math.inf)
+                score[0] = math.inf
+                best = score.topk(math.ceil(keep * int(alive.sum()))).indices
+                alive = torch.zeros_like(alive).index_fill(0, best, True)
+        full = x.new_zeros(len(here), x.size(1))
+        full[here.nonzero().squeeze(1)] = x * alive[:, None]
+        out.append(full)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_executed_is_masked(keep, left):
+    inputs = batch(left=left)
+    wrapped = moe_router.wrap(made(), kind="prune", keep=keep, first=0, every=1)
+    dense = made()
+    dense.set_attn_implementation("eager")
+    with torch.no_grad():
+        got = wrapped(**inputs).last_hidden_state
+        want = masked(dense, encoder_of(wrapped).prunes, keep, inputs)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    left_early = (got == 0).all(-1) & inputs["attention_mask"].bool()
+    assert left_early.sum() >= 8
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [(BertModel, BertConfig), (RobertaModel, RobertaConfig)],
+    ids=["bert", "roberta"],
+)
+def test_keeping_all_is_the_model_itself(kind, config):
+    inputs, dense = batch(), made(kind, config)
+    with torch.no_grad():
+        want = dense(**inputs).last_hidden_state * inputs["attention_mask"][..., None]
+        got = moe_router.wrap(dense, kind="prune", keep=1.0)(**inputs)
+    torch.testing.assert_close(got.last_hidden_state, want, rtol=1e-4, atol=1e-5)
+    assert got.pooler_output.shape == (len(LENGTHS), 32)
+
+
+def test_padding_and_neighbours_do_not_matter():
+    model = moe_router.wrap(made(), kind="prune", keep=0.5)
+    inputs = batch()
+    with torch.no_grad():
+        together = model(**inputs).last_hidden_state
+        for i, n in enumerate(LENGTHS):
+            alone = model(input_ids=inputs["input_ids"][i : i + 1, :n]).last_hidden_state
+            torch.testing.assert_close(together[i : i + 1, :n], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ledger_counts_what_ran():
+    """Layers 0 and 1 see n tokens, 2 and 3 half of them; padding none."""
+    model = moe_router.wrap(made(), kind="prune", keep=0.5)
+    ledger = Ledger()
+    encoder_of(model).context = Context(ledger=ledger)
+    with torch.no_grad():
+        model(**batch((8, 8), 12))
+    ran, dense = ledger.by_op()["blocks"]
+    linear, scores = 2 * (4 * 32 * 32 + 2 * 32 * 48), 4 * 32
+
+    def layer(n):
+        return 2 * (n * linear + n * n * scores)
+
+    assert dense == 4 * layer(8) and ran == 2 * layer(8) + 2 * layer(4)
+
+
+def accuracy(model, inputs, labels):
+    model.eval()
+    with torch.no_grad():
+        return (model(**inputs).logits.argmax(-1) == labels).float().mean().item()
+
+
+def task(n, seed):
+    """Of 12 tokens one is below 10, which is the label; the first is always 10."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(11, 50, (n, 12), generator=generator)
+    labels = torch.randint(8, (n,), generator=generator)
+    ids[torch.arange(n), torch.randint(1, 12, (n,), generator=generator)] = 2 + labels
+    ids[:, 0] = 10
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels
+
+
+def test_the_routers_alone_are_trained_and_saved(tmp_path):
+    """Gradients reach the router and nothing else."""
+    model = moe_router.wrap(
+        made(BertForSequenceClassification, num_labels=8), kind="prune", keep=0.5
+    )
+    inputs, _ = task(32, 0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit(model, [p for p in model.parameters() if p.requires_grad], 3, 0.1)
+    moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved == {n for n in before if ".prunes." in n} and len(moved) == 2
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = load_wrapped(AutoModelForSequenceClassification, tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.slow
+def test_a_router_learns_whom_a_frozen_model_needs():
+    """A dense model learns the task; then only its router, which must keep one token in four. The
+    first layer mixes nothing, so what leaves after it is never seen."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        **(SIZES | {"initializer_range": 0.02, "num_hidden_layers": 3}), num_labels=8
+    )
+    model = BertForSequenceClassification(config)
+    for parameter in model.bert.encoder.layer[0].attention.output.dense.parameters():
+        nn.init.zeros_(parameter).requires_grad_(False)
+    fit(model, [p for p in model.parameters() if p.requires_grad], 400, 3e-3)
+    test = task(500, 10**6)
+    assert accuracy(model, *test) > 0.98
+    moe_router.wrap(model, kind="prune", keep=0.25, first=0, every=5, curriculum=250)
+    chance = accuracy(model, *test)
+    fit(model, [p for p in model.parameters() if p.requires_grad], 300, 3e-2)
+    learned = accuracy(model, *test)
+    assert chance < 0.7 and learned > 0.95, (chance, learned)
+
+
+def fit(model, parameters, steps, lr):
+    model.train()
+    optimizer = torch.optim.AdamW(list(parameters), lr=lr)
+    for step in range(steps):
+        for encoder in (m for m in model.modules() if isinstance(m, RoutedEncoder)):
+            encoder.context = Context(step=step)
+        inputs, labels = task(64, step)
+        loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_what_cannot_be_wrapped_says_why(tmp_path):
+    for wrong, message in (
+        ({"kind": "merge"}, "kind=merge: want prune"),
+        ({"kind": "prune", "budget": 0.5}, "budget: want keep, every, first"),
+        ({"kind": "prune", "first": 3}, "first=3: want at most 2"),
+        ({"kind": "prune", "router": "attention"}, "router=attention: want linear"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            moe_router.wrap(made(), **wrong)
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel: want an encoder of layers as BERT has"):
+        moe_router.wrap(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)), kind="prune")
+    with pytest.raises(ConfigError, match="not wrapped yet"):
+        moe_router.wrap(moe_router.wrap(made(), kind="prune"), kind="prune")
+    made().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="want a model saved after wrap"):
+        load_wrapped(BertModel, tmp_path)
