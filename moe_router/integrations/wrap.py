@@ -148,9 +148,14 @@ def wrap(model: PreTrainedModel, kind: str, *, freeze: bool = True, **routing: A
         raise ConfigError(f"wrap: first={config.first}: want at most {len(layers) - 2}")
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)  # a model that cannot only logs that
+    if model.config._attn_implementation != NAME:
+        raise ConfigError(
+            f"wrap: {type(model).__name__}: its attention is not exchangeable in transformers; want "
+            "BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA"
+        )
     encoder = RoutedEncoder(layers, model.config.hidden_size, config)
     owner.encoder = encoder.to(model.device).train(model.training)
-    model.set_attn_implementation(NAME)
     setattr(model.config, KEY, {"kind": kind} | {key: getattr(config, key) for key in _KEYS})
     if freeze:
         for name, parameter in model.named_parameters():
