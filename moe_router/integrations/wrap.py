@@ -151,8 +151,8 @@ def wrap(model: PreTrainedModel, kind: str, *, freeze: bool = True, **routing: A
     model.set_attn_implementation(NAME)  # a model that cannot only logs that
     if model.config._attn_implementation != NAME:
         raise ConfigError(
-            f"wrap: {type(model).__name__}: its attention is not exchangeable in transformers; want "
-            "BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA"
+            f"wrap: {type(model).__name__}: its attention is not exchangeable in transformers; "
+            "want BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA"
         )
     encoder = RoutedEncoder(layers, model.config.hidden_size, config)
     owner.encoder = encoder.to(model.device).train(model.training)
