@@ -65,7 +65,7 @@ def received(
     """(T,) how much attention comes to each token: its probabilities, mean over heads, summed over
     the queries of its sequence by their size. 1 is what attention to all alike would give.
 
-    Source: Kim et al. 2021 (arXiv:2107.00910), equation 1, times the length of the sequence.
+    Source: Kim et al. 2021 (arXiv:2107.00910), times the length of the sequence.
     """
     size_T = torch.ones_like(q_THC[:, 0, 0]).float() if size_T is None else size_T
     with torch.autocast(q_THC.device.type, enabled=False):
