@@ -34,6 +34,7 @@ PACKAGES = {
     "matplotlib": "3.10",
     "tensorboard": "2.21",
     "tokenizers": "0.23",
+    "fsspec": "2026.2",
 }
 
 
