@@ -49,7 +49,7 @@ def test_packages_that_are_missing_or_old(monkeypatch):
     def version(name):
         if name == "ray":
             raise metadata.PackageNotFoundError(name)
-        return "2.9" if name == "torch" else "99"
+        return "2.9" if name == "torch" else "9999"
 
     monkeypatch.setattr(metadata, "version", version)
     bad = {f.name: f for f in doctor.packages() if f.status != "ok"}
