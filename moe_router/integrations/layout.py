@@ -204,16 +204,15 @@ def _upcycled(config: ModelConfig, saved: ModelConfig) -> dict[str, tuple[str, .
 
 def _files(folder: Path) -> dict[str, Path]:
     """Tensor name to the file that holds it."""
-    index = folder / INDEX
-    if index.is_file():
-        table = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {name: folder / file for name, file in table.items()}
-    path = folder / WEIGHTS
+    index, path = folder / INDEX, folder / WEIGHTS
     try:
+        if index.is_file():
+            table = json.loads(index.read_text("utf-8"))["weight_map"]
+            return {name: folder / Path(file).name for name, file in table.items()}
         with safe_open(path, framework="pt") as file:
             return dict.fromkeys(file.keys(), path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}; want {WEIGHTS} or {INDEX}") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {error}; want {WEIGHTS} or {INDEX}") from None
 
 
 def _copy(folder: Path, files: dict[str, Path], name: str, into: Tensor) -> None:

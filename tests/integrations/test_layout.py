@@ -128,5 +128,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path):
     (folder / layout.WEIGHTS).write_bytes(b"no safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read(folder, model.config)
+    (folder / layout.INDEX).write_text('{"weight_map": 3}')
+    with pytest.raises(CheckpointError, match=r"want model\.safetensors or"):
+        read(folder, model.config)
     with pytest.raises(ConfigError, match="want the folder of a transformers model"):
         layout.from_hf(tmp_path / "nowhere")
