@@ -48,14 +48,20 @@ def measure_route(of: Field, shape: tuple[int, int, int], width: int | None) -> 
     return results, timed(calls, host, rounds=50, idle=True)
 
 
+def _checked(peer: Peer, layer: Layer, oracle: Oracle, result: Result) -> Call:
+    """A peer's forward pass, found right."""
+    if isinstance(peer.layer, str):
+        raise NotImplementedError(peer.layer)
+    call = peer.layer(layer, False)
+    result.error = oracle.forward(call)
+    if not result.error < BOUND:
+        raise WrongResult(f"error {result.error:.3g}")
+    return call
+
+
 def _forward(of: Field, tag: str, layer: Layer, oracle: Oracle) -> dict[str, Result]:
     def prepare(peer: Peer, result: Result) -> Run:
-        if isinstance(peer.layer, str):
-            raise NotImplementedError(peer.layer)
-        call: Call = peer.layer(layer, False)
-        result.error = oracle.forward(call)
-        if not result.error < BOUND:
-            raise WrongResult(f"error {result.error:.3g}")
+        call = _checked(peer, layer, oracle, result)
 
         def run() -> None:
             with torch.no_grad():
@@ -125,12 +131,7 @@ def measure_decode(of: Field, shape: tuple[int, ...]) -> dict[str, Result]:
     oracle = Oracle(layer)
 
     def prepare(peer: Peer, result: Result) -> Run:
-        if isinstance(peer.layer, str):
-            raise NotImplementedError(peer.layer)
-        call: Call = peer.layer(layer, False)
-        result.error = oracle.forward(call)
-        if not result.error < BOUND:
-            raise WrongResult(f"error {result.error:.3g}")
+        call = _checked(peer, layer, oracle, result)
         return graphed(peer, torch.no_grad()(call.run), result)
 
     return timed(*contend(of, f"decode {shape}", prepare), rounds=100)
@@ -170,10 +171,7 @@ def measure_drawn(of: Field, shape: tuple[int, ...], seed: int) -> tuple[Any, di
 
     def prepare(peer: Peer, result: Result) -> Run:
         layer = next(left)
-        call = ours.layer(layer, False)
-        result.error = Oracle(layer).forward(call)
-        if not result.error < BOUND:
-            raise WrongResult(f"error {result.error:.3g}")
+        call = _checked(peer, layer, Oracle(layer), result)
         result.mode = HIDDEN
         return torch.no_grad()(call.run)
 

@@ -25,9 +25,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     from moe_router_kernels import block_attention
 
-    q, k, v = (x.contiguous() for x in (q_THd, k_TJd, v_TJd))
-    scale = q.size(-1) ** -0.5
-    return block_attention.forward(q, k, v, first_N, last_N, target_NJK, block, scale, causal)
+    return block_attention.forward(q_THd, k_TJd, v_TJd, first_N, last_N, target_NJK, block, causal)
 
 
 @torch.library.custom_op("moe_router::attend_blocks_backward", mutates_args=())
@@ -48,10 +46,10 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from moe_router_kernels import block_attention
 
-    grad, q, k, v = (x.contiguous() for x in (grad_THd, q_THd, k_TJd, v_TJd))
-    scale = q.size(-1) ** -0.5
     lists = (first_N, last_N, target_NJK, unit_R, offsets_G1)
-    return block_attention.backward(grad, q, k, v, *lists, out_THd, lse_TH, block, scale, causal)
+    return block_attention.backward(
+        grad_THd, q_THd, k_TJd, v_TJd, *lists, out_THd, lse_TH, block, causal
+    )
 
 
 @_attend.register_fake

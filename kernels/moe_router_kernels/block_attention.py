@@ -27,6 +27,13 @@ def _store(ptr, value, row, keep, head, H, D: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
+def _tokens(first_ptr, last_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tokens of block n, and which of them exist."""
+    token = tl.load(first_ptr + n) + tl.arange(0, BLOCK)
+    return token, token < tl.load(last_ptr + n)
+
+
+@triton.jit
 def _allowed(row, live, column, there, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
     """(rows, columns): the pair exists, and the key is not later."""
     pair = live[:, None] & there[None, :]
@@ -42,8 +49,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     m, head = tl.program_id(0), tl.program_id(1)
     j = head // (H // J)
-    row = tl.load(first_ptr + m) + tl.arange(0, BLOCK)
-    live = row < tl.load(last_ptr + m)
+    row, live = _tokens(first_ptr, last_ptr, m, BLOCK)
     q = _load(q_ptr, row, live, head, H, D)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -51,8 +57,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     for choice in range(0, K):
         n = tl.load(target_ptr + (m * J + j) * K + choice)
         if n >= 0:
-            column = tl.load(first_ptr + n) + tl.arange(0, BLOCK)
-            there = column < tl.load(last_ptr + n)
+            column, there = _tokens(first_ptr, last_ptr, n, BLOCK)
             k = _load(k_ptr, column, there, j, J, D)
             v = _load(v_ptr, column, there, j, J, D)
             score = tl.dot(q, k.T, input_precision=PRECISION) * scale
@@ -90,8 +95,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     m, head = tl.program_id(0), tl.program_id(1)
     j = head // (H // J)
-    row = tl.load(first_ptr + m) + tl.arange(0, BLOCK)
-    live = row < tl.load(last_ptr + m)
+    row, live = _tokens(first_ptr, last_ptr, m, BLOCK)
     q = _load(q_ptr, row, live, head, H, D)
     grad = _load(grad_ptr, row, live, head, H, D)
     log_total = tl.load(lse_ptr + row.to(tl.int64) * H + head, mask=live, other=float("inf"))
@@ -100,8 +104,7 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
     for choice in range(0, K):
         n = tl.load(target_ptr + (m * J + j) * K + choice)
         if n >= 0:
-            column = tl.load(first_ptr + n) + tl.arange(0, BLOCK)
-            there = column < tl.load(last_ptr + n)
+            column, there = _tokens(first_ptr, last_ptr, n, BLOCK)
             k = _load(k_ptr, column, there, j, J, D)
             v = _load(v_ptr, column, there, j, J, D)
             pair = _allowed(row, live, column, there, CAUSAL)
@@ -119,8 +122,7 @@ def _keys_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n, j = tl.program_id(0), tl.program_id(1)
-    column = tl.load(first_ptr + n) + tl.arange(0, BLOCK)
-    there = column < tl.load(last_ptr + n)
+    column, there = _tokens(first_ptr, last_ptr, n, BLOCK)
     k = _load(k_ptr, column, there, j, J, D)
     v = _load(v_ptr, column, there, j, J, D)
     acc_k = tl.zeros((BLOCK, D), tl.float32)
@@ -131,8 +133,7 @@ def _keys_kernel(  # type: ignore[no-untyped-def]
     for step in range(begin * heads, end * heads):
         m = tl.load(unit_ptr + step // heads) // J
         head = j * heads + step % heads
-        row = tl.load(first_ptr + m) + tl.arange(0, BLOCK)
-        live = row < tl.load(last_ptr + m)
+        row, live = _tokens(first_ptr, last_ptr, m, BLOCK)
         q = _load(q_ptr, row, live, head, H, D)
         grad = _load(grad_ptr, row, live, head, H, D)
         log_total = tl.load(lse_ptr + row.to(tl.int64) * H + head, mask=live, other=float("inf"))
@@ -159,10 +160,12 @@ def warps(channels: int, block: int, accumulators: int) -> int:
 
 def forward(
     q_THd: Tensor, k_TJd: Tensor, v_TJd: Tensor, first_N: Tensor, last_N: Tensor,
-    target_NJK: Tensor, block: int, scale: float, causal: bool,
+    target_NJK: Tensor, block: int, causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(T, H, d), and fp32 (T, H): the log of the sum of the exponentials of a query's scores."""
-    (T, H, _), (N, J, K) = q_THd.shape, target_NJK.shape
+    (T, H, d), (N, J, K) = q_THd.shape, target_NJK.shape
+    q_THd, k_TJd, v_TJd = (x.contiguous() for x in (q_THd, k_TJd, v_TJd))
+    scale = d**-0.5
     out, lse = torch.empty_like(q_THd), torch.empty(T, H, device=q_THd.device)
     if N and H:
         _forward_kernel[(N, H)](
@@ -175,14 +178,16 @@ def forward(
 def backward(
     grad_THd: Tensor, q_THd: Tensor, k_TJd: Tensor, v_TJd: Tensor, first_N: Tensor,
     last_N: Tensor, target_NJK: Tensor, unit_R: Tensor, offsets_G1: Tensor, out_THd: Tensor,
-    lse_TH: Tensor, block: int, scale: float, causal: bool,
+    lse_TH: Tensor, block: int, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys and values.
 
     Args:
         unit_R, offsets_G1: the Plan of the choice: by (key block, KV head) the units that chose it.
     """
-    (_, H, _), (N, J, K) = q_THd.shape, target_NJK.shape
+    (_, H, d), (N, J, K) = q_THd.shape, target_NJK.shape
+    grad_THd, q_THd, k_TJd, v_TJd = (x.contiguous() for x in (grad_THd, q_THd, k_TJd, v_TJd))
+    scale = d**-0.5
     dot_TH = (grad_THd.float() * out_THd.float()).sum(-1)
     grads = torch.empty_like(q_THd), torch.empty_like(k_TJd), torch.empty_like(v_TJd)
     how = _how(q_THd, block, causal)

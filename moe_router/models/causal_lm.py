@@ -10,6 +10,7 @@ from moe_router.config import ModelConfig
 from moe_router.models.backbone import Backbone, Running
 from moe_router.models.kv_cache import KVCache
 from moe_router.routing import Context
+from moe_router.routing.context import PLAIN
 from moe_router.types import HaltState, Routed
 
 
@@ -65,7 +66,7 @@ class CausalLM(Backbone):
             cache: holds the earlier tokens of the B sequences; the new ones are appended.
             context: noise, ledger, observer of the routed layers.
         """
-        passed = self.through_blocks(ids_T, position_T, offsets_B1, context or Context(), cache)
+        passed = self.through_blocks(ids_T, position_T, offsets_B1, context or PLAIN, cache)
         x_TD = passed.stream.x_TD if passed.halted is None else passed.halted.output_TD
         return LMOutput(
             self._logits(x_TD), tuple(passed.routed), tuple(passed.depth), passed.halted

@@ -15,6 +15,7 @@ from moe_router.config import ModelConfig
 from moe_router.models.backbone import Backbone, Running
 from moe_router.models.passed import Passed
 from moe_router.routing import Context
+from moe_router.routing.context import PLAIN
 from moe_router.types import HaltState, Routed
 from moe_router_kernels import reference
 
@@ -69,7 +70,7 @@ class Classifier(Backbone):
             offsets_B1: (B + 1,) int32 cu_seqlens; on the CPU it saves a wait for the device.
             context: noise, ledger, observer of the routed layers.
         """
-        passed = self.through_blocks(input_T, position_T, offsets_B1, context or Context())
+        passed = self.through_blocks(input_T, position_T, offsets_B1, context or PLAIN)
         pooled_BD = self._pool(passed, offsets_B1.to(input_T.device))
         with torch.autocast(input_T.device.type, enabled=False):
             logits_BC = self.head(pooled_BD.to(self.head.weight.dtype))
