@@ -112,10 +112,10 @@ def _by_parts(
 ) -> Tensor:
     """The same by a gather, two grouped products and a combine, with the module's own gate."""
     src_R, choice_R, offsets_G1, row_TK = plan
-    bias = (None, None)
+    bias, expert_R = (None, None), None
     if self.has_bias:
-        bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
-    expert_R = top_k_index.flatten()[choice_R.clamp(min=0)].clamp(0, self.num_experts - 1)
+        bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias
+        expert_R = top_k_index.flatten()[choice_R.clamp(min=0)].clamp(0, self.num_experts - 1)
     # rows that no choice has are unspecified, and must not reach gradients that add up all rows
     absent_R1 = (src_R < 0)[:, None] if self._is_expert_parallel else None
 
