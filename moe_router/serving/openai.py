@@ -121,9 +121,10 @@ class _Front:
                 async for piece in chain(first, pieces):
                     last[piece.index] = piece
                     if piece.text or piece.finish or piece.said:
-                        said = logprobs_of(piece.said, start[piece.index])
-                        start[piece.index] += sum(len(one.text) for one in piece.said)
-                        told = said if wants_logprobs else None
+                        told = None
+                        if wants_logprobs:
+                            told = logprobs_of(piece.said, start[piece.index])
+                            start[piece.index] += sum(len(one.text) for one in piece.said)
                         part = choice(piece.index, piece.text, piece.finish, told)
                         yield _event(completion(id_, model, [part], **more))
             except Exception as error:
