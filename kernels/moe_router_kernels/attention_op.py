@@ -15,17 +15,22 @@ def _attend(
     q_THd: Tensor,
     k_TJd: Tensor,
     v_TJd: Tensor,
+    gate_NJK: Tensor,
     first_N: Tensor,
     last_N: Tensor,
     target_NJK: Tensor,
-    unit_R: Tensor,
+    count_NJ2: Tensor,
+    block_R: Tensor,
+    choice_R: Tensor,
     offsets_G1: Tensor,
     block: int,
     causal: bool,
+    tiles: str,
 ) -> tuple[Tensor, Tensor]:
     from moe_router_kernels import block_attention
 
-    return block_attention.forward(q_THd, k_TJd, v_TJd, first_N, last_N, target_NJK, block, causal)
+    lists = block_attention.Lists(first_N, last_N, target_NJK, count_NJ2, gate_NJK)
+    return block_attention.forward(q_THd, k_TJd, v_TJd, lists, block, causal, tiles)
 
 
 @torch.library.custom_op("moe_router::attend_blocks_backward", mutates_args=())
@@ -34,45 +39,55 @@ def _attend_backward(
     q_THd: Tensor,
     k_TJd: Tensor,
     v_TJd: Tensor,
+    gate_NJK: Tensor,
     first_N: Tensor,
     last_N: Tensor,
     target_NJK: Tensor,
-    unit_R: Tensor,
+    count_NJ2: Tensor,
+    block_R: Tensor,
+    choice_R: Tensor,
     offsets_G1: Tensor,
     out_THd: Tensor,
-    lse_TH: Tensor,
+    lse_HT: Tensor,
     block: int,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    tiles: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from moe_router_kernels import block_attention
 
-    lists = (first_N, last_N, target_NJK, unit_R, offsets_G1)
-    return block_attention.backward(
-        grad_THd, q_THd, k_TJd, v_TJd, *lists, out_THd, lse_TH, block, causal
-    )
+    gate_R = gate_NJK
+    if gate_NJK.numel():
+        gate_R = gate_NJK.flatten()[choice_R.clamp(min=0)]
+    lists = block_attention.Lists(first_N, last_N, target_NJK, count_NJ2, gate_NJK)
+    groups = block_attention.Groups(block_R, gate_R, offsets_G1)
+    qkv = (grad_THd, q_THd, k_TJd, v_TJd)
+    return block_attention.backward(*qkv, lists, groups, out_THd, lse_HT, block, causal, tiles)
 
 
 @_attend.register_fake
 def _(q_THd: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q_THd), q_THd.new_empty(q_THd.shape[:2], dtype=torch.float32)
+    T, H, _d = q_THd.shape
+    return torch.empty_like(q_THd), q_THd.new_empty(H, T, dtype=torch.float32)
 
 
 @_attend_backward.register_fake
 def _(
-    grad_THd: Tensor, q_THd: Tensor, k_TJd: Tensor, v_TJd: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q_THd), torch.empty_like(k_TJd), torch.empty_like(v_TJd)
+    grad_THd: Tensor, q_THd: Tensor, k_TJd: Tensor, v_TJd: Tensor, gate_NJK: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, gate = (torch.empty_like(x) for x in (q_THd, k_TJd, v_TJd, gate_NJK))
+    return q, k, v, gate
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block, ctx.causal = inputs
+    *tensors, ctx.block, ctx.causal, ctx.tiles = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_THd: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    grads = _attend_backward(grad_THd, *ctx.saved_tensors, ctx.block, ctx.causal)
-    return *grads, *[None] * 7
+    how = (ctx.block, ctx.causal, ctx.tiles)
+    *grads, grad_gate = _attend_backward(grad_THd, *ctx.saved_tensors, *how)
+    return *grads, grad_gate if ctx.needs_input_grad[3] else None, *[None] * 10
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
@@ -87,8 +102,10 @@ def attend_blocks(
     target_NJK: Tensor,
     block: int,
     *,
+    gate_NJK: Tensor | None = None,
     causal: bool = True,
     kernels: str = "auto",
+    tiles: str = "auto",
 ) -> Tensor:
     """`reference_attention.attend_blocks`, differentiable; only the chosen pairs are computed.
 
@@ -96,7 +113,10 @@ def attend_blocks(
         q_THd, k_TJd, v_TJd: packed queries, keys, values; H a multiple of J.
         first_N, last_N: int32, where each block begins and ends; none is longer than `block`.
         target_NJK: int32, distinct key blocks of each (query block, KV head); -1 is none.
+        gate_NJK: fp32 p of each choice: what a key adds to the output is p times its share of the
+            softmax, so shares sum to less than 1. None: 1.
         kernels: see `choose.uses_triton`.
+        tiles: how the Triton kernels cut their work, `block_attention.TILES`.
 
     Returns:
         (T, H, d); 0 for a query without a key.
@@ -104,7 +124,7 @@ def attend_blocks(
     Raises:
         ValueError: shapes that do not fit.
     """
-    (T, H, d), (N, J, K) = q_THd.shape, target_NJK.shape
+    (T, H, d), J = q_THd.shape, target_NJK.size(1)
     if k_TJd.shape != (T, J, d) or v_TJd.shape != k_TJd.shape or H % max(J, 1):
         raise ValueError(
             f"attend_blocks: keys {said(k_TJd)}, values {said(v_TJd)}: want ({T}, {J}, {d}) for "
@@ -116,10 +136,59 @@ def attend_blocks(
     if q_THd.dtype == torch.float64:
         uncovered = "fp64"
     if not uses_triton("attention", kernels, q_THd.device, uncovered):
-        return plain(q_THd, k_TJd, v_TJd, first_N, last_N, target_NJK, causal)
-    heads_J = torch.arange(J, device=target_NJK.device, dtype=torch.int32)
-    group_NJK = torch.where(target_NJK < 0, -1, target_NJK * J + heads_J[:, None])
-    unit_R, _, offsets_G1, _ = plan_from_ids(group_NJK.view(N * J, K), N * J, kernels)
-    lists = (first_N, last_N, target_NJK.contiguous(), unit_R, offsets_G1)
-    out: Tensor = _attend(q_THd, k_TJd, v_TJd, *lists, block, causal)[0]
+        return plain(q_THd, k_TJd, v_TJd, first_N, last_N, target_NJK, gate_NJK, causal=causal)
+    easy_NJK = unmasked(first_N, last_N, target_NJK, block, causal)
+    target_NJK, count_NJ2, order_NJK = by_mask(target_NJK, easy_NJK)
+    if gate_NJK is None:
+        gate_NJK = q_THd.new_empty(0, dtype=torch.float32)
+    else:
+        gate_NJK = gate_NJK.gather(-1, order_NJK)
+    leaves = (q_THd, k_TJd, v_TJd, gate_NJK)
+    groups = target_NJK.new_empty(0), target_NJK.new_empty(0), target_NJK.new_empty(0)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+        whole_N = last_N - first_N == block
+        groups = by_key(target_NJK, easy_NJK.gather(-1, order_NJK), whole_N, kernels)
+    lists = (first_N, last_N, target_NJK, count_NJ2, *groups)
+    out: Tensor = _attend(*leaves, *lists, block, causal, tiles)[0]
     return out
+
+
+def unmasked(
+    first_N: Tensor, last_N: Tensor, target_NJK: Tensor, block: int, causal: bool
+) -> Tensor:
+    """(N, J, K) bool: the key block is whole, and none of its keys is later than any query."""
+    n = target_NJK.clamp(min=0)
+    easy_NJK = (last_N - first_N == block)[n]
+    if causal:
+        easy_NJK &= last_N[n] <= first_N[:, None, None] + 1
+    return easy_NJK & (target_NJK >= 0)
+
+
+def by_mask(target_NJK: Tensor, easy_NJK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Choices that need no mask, then those that do, each in ascending order, then -1.
+
+    Returns:
+        target_NJK; (N, J, 2) int32, how many need none, and how many there are; the order.
+    """
+    N, none_NJK = target_NJK.size(0), target_NJK < 0
+    rank_NJK = torch.where(none_NJK, 2 * N, target_NJK + N * ~easy_NJK)
+    rank_NJK, order_NJK = rank_NJK.sort(-1)
+    count_NJ2 = torch.stack([easy_NJK.sum(-1), (~none_NJK).sum(-1)], -1).int()
+    return torch.where(rank_NJK < 2 * N, rank_NJK % max(N, 1), -1).int(), count_NJ2, order_NJK
+
+
+def by_key(
+    target_NJK: Tensor, easy_NJK: Tensor, whole_N: Tensor, kernels: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Plan of the choices: block_R, choice_R and offsets_G1 of `block_attention.Groups`.
+
+    Args:
+        whole_N: bool, query blocks without a gap: for keys, a missing query needs a mask too.
+    """
+    N, J, K = target_NJK.shape
+    heads_J1 = torch.arange(J, device=target_NJK.device, dtype=torch.int32)[:, None]
+    group_NJK = 2 * (target_NJK * J + heads_J1) + ~(easy_NJK & whole_N[:, None, None])
+    group_NJK = torch.where(target_NJK < 0, -1, group_NJK)
+    unit_R, choice_R, offsets_G1, _ = plan_from_ids(group_NJK.view(N * J, K), 2 * N * J, kernels)
+    # rows past the end stay no block, and are never read
+    return unit_R // max(J, 1), choice_R, offsets_G1

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.scratch import scratch
 from moe_router_kernels.tiles import Tile
 
 
@@ -283,10 +284,6 @@ def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, device="cuda", dtype=torch.int8)
-
-
 def rows_times_groups(
     a: Tensor,
     w: Tensor,
@@ -328,7 +325,7 @@ def rows_times_groups(
     if back:
         dot = torch.zeros(triton.cdiv(N, tile.n), R, device=a.device)
     if a.device.type == "cuda":
-        triton.set_allocator(_scratch)
+        triton.set_allocator(scratch)
     none = out
     _rows_kernel[(_programs(a.device),)](
         a, none if src_R is None else src_R, w,
@@ -369,7 +366,7 @@ def group_weights(
     count = G * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     programs = min(count, _programs(a.device))
     if a.device.type == "cuda":
-        triton.set_allocator(_scratch)
+        triton.set_allocator(scratch)
     _weights_kernel[(programs,)](
         a, b, src_R, offsets_G1, out, G, M, N, count, a.stride(0), b.stride(0),
         PROGRAMS=programs, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.band,

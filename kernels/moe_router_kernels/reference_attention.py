@@ -76,8 +76,18 @@ def block_mask(target_NJK: Tensor, tokens: int, block: int) -> Tensor:
     return seen_JSS & _causal(torch.zeros_like(block_S))
 
 
-def masked_attention(q_SHd: Tensor, k_SJd: Tensor, v_SJd: Tensor, mask_JSS: Tensor) -> Tensor:
-    """(S, H, d): softmax attention under a mask per KV head: the oracle of routed attention."""
+def masked_attention(
+    q_SHd: Tensor,
+    k_SJd: Tensor,
+    v_SJd: Tensor,
+    mask_JSS: Tensor,
+    gate_JSS: Tensor | None = None,
+) -> Tensor:
+    """(S, H, d): softmax attention under a mask per KV head: the oracle of routed attention.
+
+    Args:
+        gate_JSS: p_ij, by which the share A_ij is multiplied after the softmax.
+    """
     groups = q_SHd.size(1) // k_SJd.size(1)
     q, k, v = (
         wide(x).transpose(0, 1)
@@ -90,6 +100,10 @@ def masked_attention(q_SHd: Tensor, k_SJd: Tensor, v_SJd: Tensor, mask_JSS: Tens
     score_HSS = q @ k.transpose(1, 2) * q.size(-1) ** -0.5
     mask_HSS = mask_JSS.repeat_interleave(groups, 0)
     weight_HSS = score_HSS.masked_fill(~mask_HSS, float("-inf")).softmax(-1)
+    # a query without a key takes nothing, not the mean of nothing
+    weight_HSS = torch.where(mask_HSS.any(-1, keepdim=True), weight_HSS, 0.0)
+    if gate_JSS is not None:
+        weight_HSS = weight_HSS * gate_JSS.repeat_interleave(groups, 0)
     out_HSd: Tensor = weight_HSS @ v
     return out_HSd.transpose(0, 1).to(q_SHd.dtype)
 
@@ -101,20 +115,27 @@ def attend_blocks(
     first_N: Tensor,
     last_N: Tensor,
     target_NJK: Tensor,
+    gate_NJK: Tensor | None = None,
+    *,
     causal: bool = True,
 ) -> Tensor:
     """(T, H, d): each query attends to the keys of the blocks that its own block has chosen.
 
     Args:
         first_N, last_N: int32, where each block begins and ends among the T packed tokens.
-        target_NJK: int32, key blocks of each (query block, KV head); -1 is none.
+        target_NJK: int32, key blocks of each (query block, KV head), each once; -1 is none.
+        gate_NJK: p of each choice: A'_ij = p_ij A_ij. None: 1.
         causal: never to a later token.
     """
     token_T = torch.arange(q_THd.size(0), device=q_THd.device)
     block_T = torch.searchsorted(last_N.long(), token_T, right=True)
     ids_N = torch.arange(first_N.numel(), device=token_T.device)
-    chosen_JNN = (target_NJK[..., None] == ids_N).any(2).transpose(0, 1)
-    mask_JTT = chosen_JNN[:, block_T][:, :, block_T]
+    pairs_NJKN = target_NJK[..., None] == ids_N
+    mask_JTT = pairs_NJKN.any(2).transpose(0, 1)[:, block_T][:, :, block_T]
     if causal:
         mask_JTT = mask_JTT & (token_T[:, None] >= token_T)
-    return masked_attention(q_THd, k_TJd, v_TJd, mask_JTT)
+    gate_JTT = None
+    if gate_NJK is not None:
+        gate_JNN = (pairs_NJKN * gate_NJK[..., None]).sum(2).transpose(0, 1)
+        gate_JTT = gate_JNN[:, block_T][:, :, block_T]
+    return masked_attention(q_THd, k_TJd, v_TJd, mask_JTT, gate_JTT)

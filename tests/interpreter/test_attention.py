@@ -47,8 +47,11 @@ def choice(sequence, J, K, generator):
     "lengths, H, J, d, block, K",
     [([40], 2, 1, 16, 16, 2), ([5, 0, 33, 16], 4, 2, 32, 16, 2), ([70], 2, 2, 16, 32, 9)],
 )
-@pytest.mark.parametrize("causal", [True, False])
-def test_values_and_gradients_are_the_oracles(lengths, H, J, d, block, K, causal, dtype):
+@pytest.mark.parametrize("causal, gated", [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("tiles", ["wide", "narrow"])
+def test_values_and_gradients_are_the_oracles(
+    lengths, H, J, d, block, K, causal, gated, tiles, dtype
+):
     generator = torch.Generator().manual_seed(sum(lengths))
     T = sum(lengths)
     first_N, last_N, sequence = cut(lengths, block)
@@ -58,16 +61,23 @@ def test_values_and_gradients_are_the_oracles(lengths, H, J, d, block, K, causal
         for heads in (H, J, J)
     ]
     grad_THd = torch.randn(T, H, d, generator=generator).to(DEVICE)
+    if gated:
+        gate_NJK = torch.rand(target_NJK.shape, generator=generator).to(DEVICE)
+        leaves.append(gate_NJK.requires_grad_())
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    wanted = reference_attention.attend_blocks(*exact, first_N, last_N, target_NJK, causal)
+    lists = (first_N, last_N, target_NJK)
+    wanted = reference_attention.attend_blocks(*exact[:3], *lists, *exact[3:], causal=causal)
     wanted_grads = torch.autograd.grad(wanted, exact, grad_THd.double())
     with poisoned():
-        lists = (first_N, last_N, target_NJK)
-        got = attention_op.attend_blocks(*leaves, *lists, block, causal=causal, kernels="triton")
+        got = attention_op.attend_blocks(
+            *leaves[:3], *lists, block, gate_NJK=leaves[3] if gated else None, causal=causal,
+            kernels="triton", tiles=tiles,
+        )  # fmt: skip
         grads = torch.autograd.grad(got, leaves, grad_THd.to(dtype))
-    for one, other in zip((got, *grads), (wanted, *wanted_grads), strict=True):
+    results = zip((got, *grads), (wanted, *wanted_grads), (leaves[0], *leaves), strict=True)
+    for one, other, like in results:
         error = (one.double() - other).norm() / other.norm()
-        assert one.dtype == dtype and error < ERROR[dtype]
+        assert one.dtype == like.dtype and error < ERROR[dtype]
 
 
 def test_two_runs_are_equal_bit_by_bit_and_a_suffix_changes_nothing_before_it():
@@ -86,8 +96,14 @@ def test_the_operation_keeps_to_what_its_fake_says():
     generator = torch.Generator().manual_seed(0)
     first_N, last_N, sequence = cut([20], 16)
     target_NJK = choice(sequence, 1, 2, generator)
-    q, k, v = (torch.randn(20, 1, 16, device=DEVICE).requires_grad_() for _ in range(3))
-    unit_R = torch.tensor([0, 1, 1, -1], dtype=torch.int32, device=DEVICE)
-    offsets_G1 = torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE)
-    lists = (first_N, last_N, target_NJK, unit_R, offsets_G1)
-    torch.library.opcheck(attention_op._attend, (q, k, v, *lists, 16, True))
+    easy_NJK = attention_op.unmasked(first_N, last_N, target_NJK, 16, True)
+    target_NJK, count_NJ2, order_NJK = attention_op.by_mask(target_NJK, easy_NJK)
+    assert target_NJK.tolist() == [[[0, -1]], [[0, 1]]]
+    assert count_NJ2.tolist() == [[[0, 1]], [[1, 2]]]
+    easy_NJK, whole_N = easy_NJK.gather(-1, order_NJK), last_N - first_N == 16
+    groups = attention_op.by_key(target_NJK, easy_NJK, whole_N, "reference")
+    gate_NJK = torch.rand(2, 1, 2, device=DEVICE)
+    leaves = [torch.randn(20, 1, 16, device=DEVICE) for _ in range(3)] + [gate_NJK]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    lists = (first_N, last_N, target_NJK, count_NJ2, *groups)
+    torch.library.opcheck(attention_op._attend, (*leaves, *lists, 16, True, "auto"))
