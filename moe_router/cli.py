@@ -75,8 +75,9 @@ def evaluate(
     device: Where = Device.auto,
     as_json: AsJson = False,
     compute_budget: Spend = None,
+    soft: Annotated[bool, typer.Option("--soft", help="nobody halts: the soft threshold")] = False,
 ) -> None:
-    """Held-out quality of a checkpoint: loss and bits per byte."""
+    """Held-out quality of a checkpoint: loss and bits per byte, and what it executes."""
     with one_line_errors():
         from moe_router.run_path import find_run
 
@@ -84,7 +85,7 @@ def evaluate(
         from moe_router.commands import evaluate_step
         from moe_router.tables import eval_table
 
-        record = evaluate_step(step, set_ or (), _device(device), compute_budget)
+        record = evaluate_step(step, set_ or (), _device(device), compute_budget, soft)
         if as_json:
             _print_json(asdict(record))
         else:

@@ -22,7 +22,11 @@ from moe_router.training.state import named_weights
 
 
 def evaluate_step(
-    step_dir: Path, overrides: Sequence[str], device: str, compute_budget: float | None = None
+    step_dir: Path,
+    overrides: Sequence[str],
+    device: str,
+    compute_budget: float | None = None,
+    soft: bool = False,
 ) -> EvalRecord:
     """Held-out quality of a checkpoint.
 
@@ -30,6 +34,7 @@ def evaluate_step(
         overrides: "a.b=value" over the run's config: other data, more train.eval_rows.
         compute_budget: from the least that its routers can compute (0) to the most (1); None: as
             trained.
+        soft: no token halts or is pruned by a threshold; it weighs what its router says.
 
     Raises:
         MoeRouterError: no checkpoint, no data, or an override of what the model is.
@@ -40,6 +45,7 @@ def evaluate_step(
     dataset = load_dataset(config.data)
     if compute_budget is not None:
         calibrate(model, dataset, config, compute_budget)
+    model.soften_routers(soft)
     return evaluate(model, dataset, config, step, 0, 1, torch.device(device))
 
 

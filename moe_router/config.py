@@ -12,10 +12,9 @@ from moe_router.config_model import (
     MoEConfig,
     RouterConfig,
     RouterKind,
-    RoutingConfig,
-    require,
 )
-from moe_router.errors import ConfigError
+from moe_router.config_routing import RoutingConfig
+from moe_router.errors import ConfigError, require
 
 __all__ = [
     "ClusterConfig",

@@ -3,16 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_router.errors import ConfigError
+from moe_router.config_routing import RoutingConfig
+from moe_router.errors import require
 
 RouterKind = Literal["linear", "mlp", "position"]  # position: a control, sees no content
-DepthRouterKind = Literal["linear", "mlp", "position", "attention"]  # attention: what is received
-
-
-def require(holds: bool, key: str, got: object, want: str) -> None:
-    """Refuse a value in one line: which key, what it is, what it must be."""
-    if not holds:
-        raise ConfigError(f"{key}={got}: want {want}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,101 +75,10 @@ class MoEConfig(RouterConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoutingConfig:
-    """Which blocks a token takes. Equations: docs/routing.md."""
-
-    kind: Literal["skip", "halt", "leap", "prune", "merge"]
-    decide: Literal["top", "threshold"] = "top"  # prune: the best of a sequence, or those above
-    keep: float = 0.5  # skip: of a sequence, what a routed block computes; prune: what it leaves
-    threshold: float | None = None  # halt: of the sum (null: 0.99); prune, leap: least (null: 0.5)
-    temperature: float = 0.1  # prune: width of the soft threshold that gradients see
-    soft_steps: int = 0  # prune: first training steps in which no token leaves, but weighs less
-    protect: int = 1  # prune, leap: first tokens of a sequence that always stay
-    min_keep: int = 1  # prune: tokens of a sequence that stay at least
-    every: int = 2  # every n-th block is routed
-    first: int = 1  # blocks before this one are not
-    router: DepthRouterKind = "linear"
-    router_hidden: int = 64  # width of the mlp router and predictor, features of the position
-    predictor: Literal["score", "mlp"] = "score"  # skip: who decides where later tokens are unknown
-    predictor_loss: float = 0.01  # coefficient of what teaches it
-    start: float = -3.0  # halt, leap: logit of its probability before any training
-    ponder_loss: float = 0.01  # halt: coefficient of steps plus remainder
-    cost_loss: float = 0.0  # coefficient of the expected FLOPs, as a share of the dense model's
-    budget: float | None = None  # share of those FLOPs to execute: training sets the coefficient
-    budget_rate: float = 0.05  # by how much it changes in a step, over how far that is missed
-    curriculum: int = 0  # training steps over which keep and budget come down from 1
-    frozen: bool = False  # a router that never learns: the control of a quality claim
-
-    def __post_init__(self) -> None:
-        for key, holds, want in (
-            ("keep", 0 < self.keep <= 1, "0 < keep <= 1, a fraction of the tokens"),
-            ("every", self.every >= 1, "at least 1"),
-            ("first", self.first >= 0, "0 or more"),
-            ("router_hidden", self.router_hidden >= 1, "at least 1"),
-            ("threshold", 0 < self.cut <= 1, "0 < threshold <= 1, or null"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("soft_steps", self.soft_steps >= 0, "0 or more"),
-            ("protect", self.protect >= 0, "0 or more tokens"),
-            ("min_keep", self.min_keep >= 1, "at least 1 token"),
-            ("predictor_loss", self.predictor_loss >= 0, "0 or more"),
-            ("ponder_loss", self.ponder_loss >= 0, "0 or more"),
-            ("cost_loss", self.cost_loss >= 0, "0 or more"),
-            ("budget", self.budget is None or 0 < self.budget <= 1, "0 < budget <= 1, or null"),
-            ("budget_rate", self.budget_rate > 0, "above 0"),
-            ("curriculum", self.curriculum >= 0, "0 or more steps"),
-        ):
-            require(holds, f"model.routing.{key}", getattr(self, key), want)
-        if not (self.kind in ("halt", "leap") or self.decide == "threshold"):
-            free = self.budget is None and self.cost_loss == 0
-            want = "null, and cost_loss 0: keep says how many (not to halt, leap, decide threshold)"
-            require(free, "model.routing.budget", self.budget, want)
-        if self.kind != "prune":
-            want = "top, or model.routing.kind=prune"
-            require(self.decide == "top", "model.routing.decide", self.decide, want)
-            want = "linear, mlp or position, or model.routing.kind=prune"
-            require(self.router != "attention", "model.routing.router", self.router, want)
-        if self.kind == "merge":
-            want = "0.5 <= keep <= 1: each second token may join another"
-            require(self.keep >= 0.5, "model.routing.keep", self.keep, want)
-            want = "linear (the keys of attention) or position: merging learns nothing"
-            require(self.router != "mlp", "model.routing.router", self.router, want)
-
-    @property
-    def cut(self) -> float:
-        """The threshold, or the usual one."""
-        return (0.99 if self.kind == "halt" else 0.5) if self.threshold is None else self.threshold
-
-    @property
-    def weighs(self) -> bool:
-        """Whether attention sees a token by its mass, not as one."""
-        return self.kind == "merge" or self.decide == "threshold"
-
-    def eased(self, target: float, step: int | None) -> float:
-        """What counts in the place of `target` after `step` steps of training; None: it is over."""
-        if step is None or step >= self.curriculum:
-            return target
-        return 1 - (1 - target) * step / self.curriculum
-
-    @property
-    def tokens_leave(self) -> bool:
-        """Whether a token that a block does not compute is gone for good."""
-        return self.kind not in ("skip", "leap")
-
-    @property
-    def costs(self) -> bool:
-        """Whether routers learn to spend less."""
-        return self.budget is not None or self.cost_loss > 0
-
-    @property
-    def loss_scale(self) -> dict[str, float]:
-        """Coefficient of each loss of a router in depth, but for the cost: see `Budget`."""
-        return {"predictor": self.predictor_loss, "ponder": self.ponder_loss}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     kind: Literal["causal_lm", "encoder", "vit"] = "causal_lm"  # classifiers: of texts, of images
     layers: int
+    loops: int = 1  # times that all blocks are run, one after another, with the same weights
     dim: int
     heads: int
     kv_heads: int
@@ -187,7 +90,7 @@ class ModelConfig:
     routing: RoutingConfig | None = None  # null: every token takes every block
 
     def __post_init__(self) -> None:
-        for key in ("layers", "dim", "heads", "kv_heads", "hidden"):
+        for key in ("layers", "loops", "dim", "heads", "kv_heads", "hidden"):
             require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
         require(
             self.dim % self.heads == 0 and self.dim // self.heads % 2 == 0,
@@ -209,17 +112,23 @@ class ModelConfig:
 
     def _check_routing(self) -> None:
         routing, moe = self.routing, self.moe
+        require(self.loops == 1 or moe is None, "model.loops", self.loops, "1 beside model.moe")
         if routing is None:
             return
         fits = routing.kind in ("skip", "halt", "leap") or self.kind != "causal_lm"
         want = "skip, halt or leap: other tokens leave, and have no logits (or model.kind=encoder)"
         require(fits, "model.routing.kind", routing.kind, want)
-        last = self.layers - (2 if routing.kind in ("halt", "prune") else 1)
+        last = min(self.layers - 1, self.steps - (2 if routing.tokens_go else 1))
         want = f"at most {last}: a model of {self.layers} layers has no routed block after it"
         require(routing.first <= last, "model.routing.first", routing.first, want)
         if moe is not None:
             steady, jitter = moe.jitter == 0, "0 beside model.routing: it names tokens by place"
             require(steady, "model.moe.jitter", moe.jitter, jitter)
+
+    @property
+    def steps(self) -> int:
+        """Blocks that a token takes, if it takes all."""
+        return self.layers * self.loops
 
     def routes(self, layer: int, kind: str) -> bool:
         """Whether block `layer` is routed in depth, in this way."""

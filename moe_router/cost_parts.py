@@ -42,28 +42,40 @@ def parts_of(config: Config, vocab: int) -> Iterator[Part]:
     # a tied matrix is held here and met at the head
     yield _embedding(config, vocab, met=not tied)
     staying = 1.0  # of the tokens, after what was pruned
-    for i in range(model.layers):
-        layer = str(i)
-        keep = model.routing.keep if model.routing is not None else 1.0
-        share = staying * (keep if model.routes(i, "skip") else 1.0)
-        merges = model.routing if model.routes(i, "merge") else None
-        yield from _block_of_some(i, config, share, share * keep if merges else share)
-        if merges is not None:
-            yield _match(layer, config, merges, staying)
-            staying *= keep
-        leaves = i < model.layers - 1 and (model.routes(i, "prune") or model.routes(i, "halt"))
-        if model.routing is not None and (
-            leaves or model.routes(i, "skip") or model.routes(i, "leap")
-        ):
-            yield _depth_router(layer, config, model.routing, staying)
-            if model.routes(i, "prune") and model.routing.decide == "top":
-                staying *= keep
+    for step in range(model.steps):
+        for part in _parts_of_step(step, config, staying):
+            yield part if step < model.layers else replace(part, parameters=0, active=0)
+        staying *= _stays(step, model)
     yield Part("head", "norms", D, D, 0, 0)
     if model.kind != "causal_lm":
         yield _label_head(D, len(config.data.labels), config.data.seq_len)
     else:
         own, flops = 0 if tied else vocab * D, 2 * vocab * D
         yield Part("head", "head", own, vocab * D, flops, flops)
+
+
+def _parts_of_step(step: int, config: Config, staying: float) -> Iterator[Part]:
+    """A block, and what decides there. staying: share of the tokens that come to it."""
+    model, layer = config.model, str(step)
+    i, routing = step % model.layers, model.routing
+    share = staying * (routing.keep if routing and model.routes(i, "skip") else 1.0)
+    merges = routing if model.routes(i, "merge") else None
+    yield from _block_of_some(step, config, share, share * merges.keep if merges else share)
+    if merges is not None:
+        yield _match(layer, config, merges, staying)
+    leaves = step < model.steps - 1 and (model.routes(i, "prune") or model.routes(i, "halt"))
+    chooses = leaves or model.routes(i, "skip") or model.routes(i, "leap")
+    if routing is not None and chooses:
+        yield _depth_router(layer, config, routing, staying)
+
+
+def _stays(step: int, model: ModelConfig) -> float:
+    """Share of the tokens that are left after a step."""
+    routing, i = model.routing, step % model.layers
+    if routing is None:
+        return 1.0
+    pruned = step < model.steps - 1 and model.routes(i, "prune") and routing.decide == "top"
+    return routing.keep if pruned or model.routes(i, "merge") else 1.0
 
 
 def _embedding(config: Config, vocab: int, *, met: bool) -> Part:

@@ -61,3 +61,9 @@ class QueueFullError(MoeRouterError, RuntimeError):
 
 class ClusterError(MoeRouterError, RuntimeError):
     pass
+
+
+def require(holds: bool, key: str, got: object, want: str) -> None:
+    """Refuse a value in one line: which key, what it is, what it must be."""
+    if not holds:
+        raise ConfigError(f"{key}={got}: want {want}")

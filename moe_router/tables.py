@@ -107,6 +107,8 @@ def eval_table(record: EvalRecord, title: str) -> Table:
         table.add_row("bits per byte", f"{record.bits_per_byte:.4f}", style="bold")
         table.add_row("unigram entropy, bits per byte", f"{record.unigram_bits_per_byte:.4f}")
         table.add_row("of the unigram entropy", f"{share:.3f}")
+    if record.executed is not None:
+        table.add_row("executed, of the dense model's FLOPs", f"{record.executed:.1%}")
     return table
 
 

@@ -105,13 +105,15 @@ class HaltState:
         cumulative_T: fp32, sum of the halting probabilities so far; 1 once halted.
         remainder_T: fp32, what was left to 1 when the token halted; 0 before.
         steps_T: int32, routed steps that computed the token.
-        output_TD: mean of the token's states by probability; whole once it has halted.
+        divergence_T: fp32, of the halting probabilities so far from a geometric prior.
+        output_TD: what comes out of the token; whole once it has halted.
     """
 
     plan: Plan
     cumulative_T: Tensor
     remainder_T: Tensor
     steps_T: Tensor
+    divergence_T: Tensor
     output_TD: Tensor
 
 

@@ -47,6 +47,8 @@ def test_refuses_impossible_routing(change, message):
         ({"dim": 12}, "model.dim=12: want an even multiple of 4 (model.heads)"),
         ({"kv_heads": 3}, "model.kv_heads=3: want a divisor of 4 (model.heads)"),
         ({"layers": 0}, "model.layers=0: want at least 1"),
+        ({"loops": 0}, "model.loops=0: want at least 1"),
+        ({"loops": 2, "moe": MoEConfig(**MOE)}, "model.loops=2: want 1 beside model.moe"),
     ],
 )
 def test_refuses_impossible_models(change, message):

@@ -238,6 +238,7 @@ def _require_alike(config: ModelConfig) -> None:
     moe = config.moe
     for key, value, wanted in (
         ("kind", config.kind, "causal_lm"),
+        ("loops", config.loops, 1),
         ("routing", config.routing and config.routing.kind, None),
         *(
             (f"moe.{key}", getattr(moe, key), wanted)

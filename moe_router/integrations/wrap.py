@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from moe_router.config_model import RoutingConfig
+from moe_router.config_routing import RoutingConfig
 from moe_router.errors import CheckpointError, ConfigError
 from moe_router.layers.prune import Prune
 from moe_router.models.attend import attend_packed

@@ -103,7 +103,7 @@ class Prune(Shifted):
             margin_T = (value_T - config.cut) / config.temperature + self.lean
             weight_T = margin_T.sigmoid().masked_fill(safe_T, 1.0)
             mass_T = weight_T if tokens.size_T is None else weight_T * tokens.size_T
-            if self._soft(context):
+            if self.stays_soft(context.step):
                 kept = keep_all(lengths, tokens.offsets_B1)
             else:
                 kept = keep_where((margin_T > 0) | safe_T, tokens.offsets_B1)
@@ -119,7 +119,7 @@ class Prune(Shifted):
 
     def mass(self, tokens: Tokens, choice: Choice, kept: Kept) -> Tensor | None:
         """(R,) fp32: mass of the survivors, times their weight; None where all count as one."""
-        if self.config.decide == "threshold" and not self.training:
+        if self.config.decide == "threshold" and not (self.training or self.soft):
             return None
         size_T = choice.weight_TK[:, 0].clamp(min=LEAST)
         if tokens.size_T is not None:
@@ -135,7 +135,3 @@ class Prune(Shifted):
             return value_T, value_T
         logit_T: Tensor = self.router(tokens.x_TD, tokens.position_T)
         return logit_T, logit_T.sigmoid()
-
-    def _soft(self, context: Context) -> bool:
-        step = context.step
-        return self.training and step is not None and step < self.config.soft_steps

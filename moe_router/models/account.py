@@ -76,7 +76,7 @@ class Account:
 def flops_of_blocks(config: ModelConfig, lengths: Sequence[int], *, causal: bool) -> list[float]:
     """Of each block, for one token of sequences of these lengths; each choice of an expert runs."""
     tokens, out = max(sum(lengths), 1), []
-    for layer in range(config.layers):
+    for layer in range(config.steps):
         width, moe = config.hidden, config.moe
         if moe is not None and config.is_moe(layer):
             width = moe.top_k * moe.hidden + moe.shared_hidden

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_router.config import Kernels, ModelConfig
 from moe_router.dispatch import Dispatcher, Local
-from moe_router.layers.halt import Halt, begin, finish, ponder_loss
+from moe_router.layers.halt import Halt, begin, finish, gated, halting_losses
 from moe_router.layers.moe import MoE
 from moe_router.layers.prune import Prune
 from moe_router.models.account import Account, flops_of_blocks
@@ -76,9 +76,9 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, *experts) for i in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.dispatcher = dispatcher or Local()
-        # by the block after which tokens leave; after the last one they leave anyway
+        # by the block after which tokens leave; after the last step they leave anyway
         self.halts, self.prunes = nn.ModuleDict(), nn.ModuleDict()
-        for i in range(config.layers - 1):
+        for i in range(min(config.layers, config.steps - 1)):
             if config.routing is not None and config.routes(i, "halt"):
                 self.halts[str(i)] = Halt(config.dim, config.routing)
             if config.routing is not None and config.routes(i, "prune"):
@@ -96,53 +96,62 @@ class Backbone(nn.Module):
         cache: KVCache | None = None,
     ) -> Passed:
         """Embed the tokens and run the blocks; each computes the tokens that are routed to it."""
-        causal = self.config.kind == "causal_lm"
-        packing = Packing(offsets_B1, input_T.device, causal=causal)
+        packing = Packing(offsets_B1, input_T.device, causal=self.config.kind == "causal_lm")
         stream = Stream(self.embed(input_T), position_T, self.turn(position_T), packing)
-        passed = Passed(stream)
-        account = None
-        if context.ledger is not None and self.config.routing is not None:
-            here = (packing.lengths, position_T)
-            account = Account(self.config, context.ledger, *here, causal=causal)
-        cost = None
-        if self.training and self.budget is not None:
-            flops = flops_of_blocks(self.config, packing.lengths, causal=causal)
-            cost = ExpectedCost(flops, packing.tokens)
-        routing = self.config.routing
-        if context.observe is not None and routing is not None and routing.tokens_leave:
-            passed.plan = every_token(packing.lengths, input_T.device)
-        if self.halts:
-            passed.halted = begin(passed.stream.x_TD, packing.lengths)
-        for i, block in enumerate(self.blocks):
-            inside = context if passed.plan is None else context.within(passed.plan)
-            layer_cache = None if cache is None else cache.layers[i]
-            out = self._run(block, passed.stream, inside, layer_cache)
-            before = passed.stream.packing.lengths
+        passed, routing = self._begin(stream, context), self.config.routing
+        for step in range(self.config.steps):
+            layer_cache = None if cache is None else cache.layers[step]
+            before, x_TD = packing.lengths, passed.stream.x_TD
+            out = self._run(step, passed, context, layer_cache)
             if out.merged is not None and out.stream is not None:
                 passed.merge(out.stream, out.merged)
-            passed.stream = replace(passed.stream, x_TD=out.x_TD)
-            passed.routed.append(out.routed)
-            if out.choice is not None:
-                passed.depth.append(out.choice.losses)
-            if account is not None:
+            if passed.halted is not None and routing is not None and routing.halting == "tsa":
+                out = out._replace(x_TD=gated(x_TD, out.x_TD, passed.halted))
+            passed.advance(out)
+            if passed.account is not None:
                 ran = before if out.kept is None else out.kept.lengths
                 fed = None if out.merged is None else out.merged.kept.lengths
-                account.block(i, ran, layer_cache, fed)
-            if self.config.routing is not None and out.routed is None:
-                tell(i, passed, out, context)
-            left = self._leave(str(i), passed, out.received_T, context)
-            if cost is not None:
-                cost.block(i, out.kept)
-                cost.leave(left)
+                passed.account.block(step, ran, layer_cache, fed)
+            if routing is not None and out.routed is None:
+                tell(step, passed, out, context)
+            left = self._leave(step, passed, out.received_T, context)
+            packing = passed.stream.packing
+            if passed.cost is not None:
+                passed.cost.block(step, out.kept)
+                passed.cost.leave(left)
+        return self._end(passed)
+
+    def _begin(self, stream: Stream, context: Context) -> Passed:
+        config, packing = self.config, stream.packing
+        passed, routing = Passed(stream), config.routing
+        if routing is None:
+            return passed
+        if context.ledger is not None:
+            here = (packing.lengths, stream.position_T)
+            passed.account = Account(config, context.ledger, *here, causal=packing.causal)
+        if self.training and self.budget is not None:
+            flops = flops_of_blocks(config, packing.lengths, causal=packing.causal)
+            passed.cost = ExpectedCost(flops, packing.tokens)
+        if context.observe is not None and routing.tokens_leave:
+            passed.plan = every_token(packing.lengths, packing.device)
+        if self.halts:
+            passed.halted = begin(stream.x_TD, packing.lengths)
+        return passed
+
+    def _end(self, passed: Passed) -> Passed:
+        """Whoever still goes on halts; the losses of the whole pass."""
+        routing, tokens = self.config.routing, passed.tokens
+        if routing is None:
+            return passed
         if passed.halted is not None:
-            passed.halted = finish(passed.stream.x_TD, passed.halted)
-        if self.training and (cost is not None or passed.halted is not None):
+            passed.halted = finish(passed.stream.x_TD, passed.halted, routing)
+        if self.training and (passed.cost is not None or passed.halted is not None):
             # new_full, not new_tensor: a fill does not wait for the device
-            count = self.dispatcher.total(self.norm.weight.new_full((), packing.tokens).float())
+            count = self.dispatcher.total(self.norm.weight.new_full((), tokens).float())
             if passed.halted is not None:
-                passed.depth.append({"ponder": ponder_loss(passed.halted, count)})
-            if cost is not None:
-                passed.depth.append({"cost": cost.loss(count)})
+                passed.depth.append(halting_losses(passed.halted, routing, count))
+            if passed.cost is not None:
+                passed.depth.append({"cost": passed.cost.loss(count)})
         return passed
 
     def turn(self, position_T: Tensor) -> Turn:
@@ -150,33 +159,38 @@ class Backbone(nn.Module):
         return turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
 
     def _run(
-        self, block: nn.Module, stream: Stream, context: Context, cache: LayerCache | None
+        self, step: int, passed: Passed, context: Context, cache: LayerCache | None
     ) -> BlockOutput:
+        stream, block = passed.stream, self.blocks[step % self.config.layers]
+        context = context if passed.plan is None else context.within(passed.plan)
         arguments = (block, stream.x_TD, stream.position_T, stream.turn, stream.packing)
-        size_T = stream.size_T
+        asked_TD = passed.asked(self.config.routing)
         # a cache would be written twice
         if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
             # one memory a block: the second run takes the decisions of the first
             remembering = replace(context, memory=PlanMemory())
-            more = (remembering, None, size_T)
+            more = (remembering, None, stream.size_T, asked_TD)
             out = checkpoint(*arguments, *more, use_reentrant=False, preserve_rng_state=False)
         else:
-            out = block(*arguments[1:], context, cache, size_T)
+            out = block(*arguments[1:], context, cache, stream.size_T, asked_TD)
         result: BlockOutput = out
         return result
 
     def _leave(
-        self, block: str, passed: Passed, received_T: Tensor | None, context: Context
+        self, step: int, passed: Passed, received_T: Tensor | None, context: Context
     ) -> Kept | None:
         """Let tokens go after a block, if it is one where they may; returns who goes on."""
-        stream, kept = passed.stream, None
+        stream, kept, block = passed.stream, None, str(step % self.config.layers)
+        if step == self.config.steps - 1:
+            return None  # they leave anyway
+        here = (stream.tokens, stream.packing.lengths)
         if block in self.halts:
             assert passed.halted is not None
-            passed.halted, kept = self.halts[block](stream.tokens, passed.halted, context)
+            passed.halted, kept = self.halts[block](*here, passed.halted, context)
             passed.go_on(kept)
         if block in self.prunes:
             prune = cast(Prune, self.prunes[block])
-            choice, kept = prune(stream.tokens, stream.packing.lengths, context, received_T)
+            choice, kept = prune(*here, context, received_T)
             mass_R = prune.mass(stream.tokens, choice, kept)
             passed.go_on(kept)
             passed.stream = replace(passed.stream, size_T=mass_R)
@@ -188,6 +202,12 @@ class Backbone(nn.Module):
             if isinstance(module, Shifted):
                 module.shift = shift
 
+    def soften_routers(self, soft: bool) -> None:
+        """Have no token leave in evaluation: what training saw before thresholds were hard."""
+        for module in self.modules():
+            if isinstance(module, Shifted):
+                module.soft = soft
+
     @property
     def moes(self) -> list[MoE | None]:
         """The experts of each block; None where it is dense."""
@@ -197,7 +217,7 @@ class Backbone(nn.Module):
         """The routing losses of all layers times their coefficients: this rank's share."""
         terms = [
             moe.aux_loss(out.choice)
-            for moe, out in zip(self.moes, output.routed, strict=True)
+            for moe, out in zip(self.moes * self.config.loops, output.routed, strict=True)
             if moe is not None and out is not None
         ]
         if self.config.routing is not None:

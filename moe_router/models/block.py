@@ -103,8 +103,13 @@ class Block(nn.Module):
         context: Context,
         cache: LayerCache | None = None,
         size_T: Tensor | None = None,
+        asked_TD: Tensor | None = None,
     ) -> BlockOutput:
-        """x_TD is an argument of its own, not in a Stream, so that FSDP2 finds its gradient."""
+        """x_TD is an argument of its own, not in a Stream, so that FSDP2 finds its gradient.
+
+        Args:
+            asked_TD: earlier states of the tokens, by which the router decides; None: x_TD.
+        """
         stream = Stream(x_TD, position_T, turn, packing, size_T)
         if self.merge is not None:
             return self._merging(self.merge, stream, context)
@@ -114,7 +119,8 @@ class Block(nn.Module):
             x_TD = x_TD + attended.out_TD
             delta_TD, routed = self._feed(x_TD, stream, context)
             return BlockOutput(x_TD + delta_TD, routed, received_T=attended.received_T)
-        choice, kept = chooser.choose(stream.tokens, packing.lengths, context)
+        asked = Tokens(x_TD if asked_TD is None else asked_TD, position_T, packing.offsets_B1)
+        choice, kept = chooser.choose(asked, packing.lengths, context)
         rows = stream.take(kept)
         attention_RD = self._attend(rows, cache).out_TD
         inside = context.part("block").within(kept.plan)

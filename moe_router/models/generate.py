@@ -57,7 +57,7 @@ def _decode(
     device = model.embed.weight.device
     noise_BN = sampling_noise(prompts, sampling, device)
     longest = max(map(len, prompts))
-    cache = KVCache(len(model.blocks), len(prompts), reserve=longest + sampling.max_new_tokens)
+    cache = KVCache(model.config.steps, len(prompts), reserve=longest + sampling.max_new_tokens)
     length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     texts: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from moe_router.config import RoutingConfig
 from moe_router.layers.merge import Merged
+from moe_router.models.account import Account
 from moe_router.models.block import BlockOutput
+from moe_router.models.budget import ExpectedCost
 from moe_router.models.stream import Stream
 from moe_router.routing import Context
 from moe_router.routing.depth import Kept, chain
@@ -19,19 +22,45 @@ class Passed:
 
     Attributes:
         stream: the tokens that took the last block.
+        account, cost: count what is executed, and what is expected to be; None: nobody asks.
         plan: their rows by token; None where no token ever leaves, or nobody observes.
         slot_T: int64, the row of the token that each one merged into; None without merging.
+        tokens: that came in.
+        first_TD, before_TD: the states before the first block, and before the last one that ran.
         routed: what each block's experts did; None for a dense block.
         depth: the losses of each router in depth, unscaled; this rank's share.
         halted: how each token halted, and its output; None without halting.
     """
 
     stream: Stream
+    account: Account | None = None
+    cost: ExpectedCost | None = None
     routed: list[Routed | None] = field(default_factory=list)
     depth: list[dict[str, Tensor]] = field(default_factory=list)
     halted: HaltState | None = None
     plan: Plan | None = None
     slot_T: Tensor | None = None
+    tokens: int = field(init=False)
+    first_TD: Tensor = field(init=False)
+    before_TD: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.stream.packing.tokens
+        self.first_TD = self.before_TD = self.stream.x_TD
+
+    def asked(self, routing: RoutingConfig | None) -> Tensor | None:
+        """By which states the next block decides who takes it; None: those that come to it."""
+        if routing is None or routing.decide_at == "same":
+            return None
+        return self.first_TD if routing.decide_at == "early" else self.before_TD
+
+    def advance(self, out: BlockOutput) -> None:
+        """A block has run."""
+        self.before_TD = self.stream.x_TD
+        self.stream = replace(self.stream, x_TD=out.x_TD)
+        self.routed.append(out.routed)
+        if out.choice is not None:
+            self.depth.append(out.choice.losses)
 
     def merge(self, slots: Stream, merged: Merged) -> None:
         """Tokens merged inside a block."""

@@ -50,6 +50,8 @@ class EvalRecord:
         unigram_bits_per_byte: what knowing how often each token occurs would reach.
         accuracy: of labelled documents: the share that is right; None of text.
         matthews: their Matthews correlation.
+        executed: FLOPs of the routed layers over those of the dense model, by the Ledger; None
+            where nothing is routed.
     """
 
     step: int
@@ -59,6 +61,7 @@ class EvalRecord:
     unigram_bits_per_byte: float | None = None
     accuracy: float | None = None
     matthews: float | None = None
+    executed: float | None = None
 
     def __str__(self) -> str:
         return quality(self.bits_per_byte, self.unigram_bits_per_byte, self.accuracy, self.matthews)

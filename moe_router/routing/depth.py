@@ -68,14 +68,30 @@ class DepthRouter(nn.Module):
 
 
 class Shifted(nn.Module):
-    """A layer that chooses tokens by a logit; `shift` is added to it in evaluation, where somebody
-    asks for more tokens, or for fewer."""
+    """A layer that chooses tokens by a logit, in evaluation as somebody asks.
 
+    Attributes:
+        shift: added to the logit in evaluation, for more tokens, or for fewer.
+        soft: no token leaves in evaluation either; each weighs what its probabilities say.
+    """
+
+    config: RoutingConfig
     shift: float = 0.0
+    soft: bool = False
 
     @property
     def lean(self) -> float:
         return 0.0 if self.training else self.shift
+
+    def stays_soft(self, step: int | None) -> bool:
+        """Whether nobody leaves: in the first training steps, or since somebody asks.
+
+        Args:
+            step: of training; None: it is over.
+        """
+        if self.training:
+            return step is not None and step < self.config.soft_steps
+        return self.soft
 
 
 def flops_of(router: nn.Module, tokens: int) -> int:

@@ -61,7 +61,7 @@ class Decoder:
         self._model, self._stop_id = model.eval(), stop_id
         self._device = model.embed.weight.device
         self._rows: list[_Row] = []
-        self._cache = KVCache(len(model.blocks), 0)
+        self._cache = KVCache(model.config.steps, 0)
 
     @torch.no_grad()
     def step(self, work: Work) -> list[Event]:
@@ -78,7 +78,7 @@ class Decoder:
             self._cache.join(len(work.admit))
         bounds = [0, *accumulate(len(row.feed) for row in self._rows)]
         watched = any(row.request.trace for row in self._rows)
-        tracer = Tracer(len(self._model.blocks)) if watched else None
+        tracer = Tracer(self._model.config.steps) if watched else None
         logits_TV = self._forward(bounds, tracer)
         last_B = torch.tensor(bounds[1:], dtype=torch.int64).to(self._device) - 1
         logits_BV = logits_TV[last_B]

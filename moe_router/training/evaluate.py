@@ -1,6 +1,7 @@
 """Held-out quality over all ranks: bits per byte of text, or how many labels are right."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from moe_router.config import Config
 from moe_router.models import CausalLM, Classifier
 from moe_router.models.causal_lm import token_loss
 from moe_router.observability.records import EvalRecord
+from moe_router.routing import Context, Ledger
 from moe_router.training.data import AnyDataset, Batch, Dataset, val_batches
 
 
@@ -34,18 +36,23 @@ def evaluate(
     train = config.train
     model.eval()
     sums = torch.zeros(0, dtype=torch.float64, device=device)
-    rows = train.batch // train.accumulation
+    rows, ledger = train.batch // train.accumulation, Ledger()
     for batch in val_batches(dataset, rows=train.eval_rows, batch=rows, rank=rank, ranks=ranks):
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            output = model(batch.ids_T, batch.position_T, batch.offsets_B1)
+            here = (batch.ids_T, batch.position_T, batch.offsets_B1)
+            output = model(*here, context=Context(ledger=ledger))
         measured = _measure(output.logits, batch, dataset)
         sums = measured if sums.numel() == 0 else sums + measured
+    flops = torch.tensor(ledger.totals(), dtype=torch.float64, device=device)
     if ranks > 1:
         dist.all_reduce(sums)
-    if isinstance(dataset, Dataset):
-        return _of_text(sums, dataset, step)
-    return _of_labels(sums, step)
+        dist.all_reduce(flops)
+    executed, dense = flops.tolist()
+    record = (
+        _of_text(sums, dataset, step) if isinstance(dataset, Dataset) else _of_labels(sums, step)
+    )
+    return replace(record, executed=executed / dense if dense else None)
 
 
 def _measure(logits_NV: Tensor, batch: Batch, dataset: AnyDataset) -> Tensor:

@@ -57,17 +57,20 @@ def skip_logits(model, ids_S):
     position_S = torch.arange(len(ids_S), dtype=torch.int32)
     turn = turn_of(model, position_S)
     x_SD, ran = model.embed(ids_S), []
-    for block in model.blocks:
+    first_SD = before_SD = x_SD
+    decide_at = model.config.routing.decide_at
+    for block in list(model.blocks) * model.config.loops:
+        asked_SD = {"same": x_SD, "previous": before_SD, "early": first_SD}[decide_at]
         keep_S = torch.ones(len(ids_S), dtype=torch.bool)
         weight_S1 = torch.ones(len(ids_S), 1, dtype=x_SD.dtype)
         if block.leap is not None:
             routing = block.leap.config
-            keep_p_S = (-block.leap.router(x_SD, position_S) - routing.start).sigmoid()
+            keep_p_S = (-block.leap.router(asked_SD, position_S) - routing.start).sigmoid()
             keep_p_S = torch.where(position_S < routing.protect, 1.0, keep_p_S)
             keep_S = keep_p_S > routing.cut
             weight_S1 = (keep_p_S + 1 - keep_p_S.detach())[:, None]
         if block.skip is not None:
-            logit_S = block.skip.router(x_SD, position_S)
+            logit_S = block.skip.router(asked_SD, position_S)
             weight_S1 = logit_S.sigmoid()[:, None]
             if model.training:
                 count = int(-(-model.config.routing.keep * len(ids_S) // 1))
@@ -75,39 +78,61 @@ def skip_logits(model, ids_S):
                 keep_S = torch.zeros_like(keep_S).index_fill(0, best, True)
             else:
                 predictor = block.skip.predictor or block.skip.router
-                keep_S = predictor(x_SD, position_S) > 0
+                keep_S = predictor(asked_SD, position_S) > 0
         delta_SD = block_delta(block, x_SD, position_S, turn, keep_S)
+        before_SD = x_SD
         x_SD = x_SD + torch.where(keep_S[:, None], weight_S1 * delta_SD, 0.0)
         ran.append(keep_S)
     return F.linear(norm(model.norm, x_SD), model.embed.weight), torch.stack(ran)
 
 
-def halt_logits(model, ids_S):
-    """(S, V) logits of one sequence, which tokens each block computed (L, S), and ponder (S,)."""
+def halt_logits(model, ids_S, *, soft=False):
+    """(S, V) logits of one sequence, which tokens each block computed (L, S), and ponder (S,).
+
+    Args:
+        soft: nobody leaves.
+    """
     S, config = len(ids_S), model.config.routing
     position_S = torch.arange(S, dtype=torch.int32)
     turn = turn_of(model, position_S)
     x_SD, ran = model.embed(ids_S), []
     going_S, total_S = torch.ones(S, dtype=torch.bool), torch.zeros(S, dtype=x_SD.dtype)
     out_SD, ponder_S = torch.zeros_like(x_SD), torch.zeros(S, dtype=x_SD.dtype)
-    for i, block in enumerate(model.blocks):
+    taken = 0  # decisions before this one
+    for step in range(model.config.steps):
+        i = step % len(model.blocks)
         ran.append(going_S)
-        delta_SD = block_delta(block, x_SD, position_S, turn, going_S)
+        delta_SD = block_delta(model.blocks[i], x_SD, position_S, turn, going_S)
+        if config.halting == "tsa":
+            delta_SD = delta_SD * (1 - total_S)[:, None]
         x_SD = torch.where(going_S[:, None], x_SD + delta_SD, x_SD)
-        last = i == len(model.blocks) - 1
+        last = step == model.config.steps - 1
         if not (last or str(i) in model.halts):
             continue
         p_S = torch.zeros(S, dtype=x_SD.dtype)
         if not last:
-            logit_S = model.halts[str(i)].router(x_SD, position_S) + config.start
-            p_S = logit_S.sigmoid()
-        halts_S = going_S & (last | (total_S + p_S >= config.cut))
+            p_S = (model.halts[str(i)].router(x_SD, position_S) + config.start).sigmoid()
+            if config.halting != "act":
+                p_S = p_S * (1 - total_S)
+        reached_S = (total_S + p_S >= config.cut) & (not soft)
+        halts_S = going_S & (last | reached_S)
         weight_S = torch.where(halts_S, 1 - total_S, p_S) * going_S
-        ponder_S = ponder_S + going_S + torch.where(halts_S, 1 - total_S, 0.0)
+        ponder_S = ponder_S + ponder(config, weight_S, going_S, halts_S, taken)
         total_S = total_S + weight_S
-        out_SD = out_SD + weight_S[:, None] * x_SD
+        counts_S = halts_S.double() if config.halting == "tsa" else weight_S
+        out_SD = out_SD + counts_S[:, None] * x_SD
         going_S = going_S & ~halts_S
+        taken += 1
     return F.linear(norm(model.norm, out_SD), model.embed.weight), torch.stack(ran), ponder_S
+
+
+def ponder(config, weight_S, going_S, halts_S, taken):
+    """What a step costs: itself and the remainder, or its part of the divergence."""
+    if config.halting != "ponder":
+        return going_S + torch.where(halts_S, weight_S, 0.0)
+    left = (1 - config.prior) ** taken  # of the geometric prior; all of it where a token halts
+    prior_S = torch.where(halts_S, left, left * config.prior)
+    return torch.where(going_S, weight_S * (weight_S.clamp(min=1e-30) / prior_S).log(), 0.0)
 
 
 def class_logits(model, ids_S, *, soft=False):

@@ -16,6 +16,13 @@ LENGTHS = [5, 1, 9, 3]
 SKIP = {"kind": "skip", "keep": 0.5, "every": 2, "first": 1}
 HALT = {"kind": "halt", "start": -0.5, "every": 1, "first": 0}
 LEAP = {"kind": "leap", "start": 0.3, "every": 1, "first": 0}
+MLP = {"router": "mlp", "router_hidden": 8}
+# one block run up to four times, or two run twice
+LOOPS = {
+    "halt_loops": {"layers": 1, "loops": 4},
+    "tsa_loops": {"layers": 2, "loops": 2},
+    "skip_loops": {"layers": 2, "loops": 2},
+}
 VARIANTS = {
     "skip": (SKIP, None),
     "skip_all_blocks": (SKIP | {"every": 1, "first": 0, "keep": 0.3}, None),
@@ -25,16 +32,27 @@ VARIANTS = {
     "halt_early": (HALT | {"threshold": 0.4}, None),
     "halt_every_second": (HALT | {"every": 2, "threshold": 0.7}, None),
     "halt_moe": (HALT, {"every": 2, "first": 1}),
+    "ponder": (HALT | {"halting": "ponder", "threshold": 0.8, "soft_steps": 3}, None),
+    "tsa": (HALT | {"halting": "tsa", "threshold": 0.6, "soft_steps": 3} | MLP, None),
+    "tsa_every_second": (HALT | {"halting": "tsa", "threshold": 0.4, "every": 2}, {"every": 2}),
+    "halt_loops": (HALT, None),
+    "tsa_loops": (HALT | {"halting": "tsa", "threshold": 0.6, "soft_steps": 3}, None),
+    "skip_loops": (SKIP, None),
+    "skip_previous": (SKIP | {"decide_at": "previous", "every": 1}, None),
+    "skip_early": (SKIP | {"decide_at": "early"} | MLP | {"predictor": "mlp"}, None),
+    "leap_early": (LEAP | {"decide_at": "early"}, None),
     "leap": (LEAP, None),
     "leap_most": (LEAP | {"protect": 0, "threshold": 0.8, "every": 2, "first": 1}, None),
     "leap_moe": (LEAP | {"protect": 2, "router": "mlp", "router_hidden": 8}, {"every": 2}),
+    "leap_previous_moe": (LEAP | {"decide_at": "previous"}, {"every": 2}),
     "position": (SKIP | {"router": "position", "router_hidden": 4}, None),
 }
 
 
 def depth_model(name, **more):
     routing, moe = VARIANTS[name]
-    return small_model(moe, routing=RoutingConfig(**routing), layers=4, **more)
+    sizes = {"layers": 4} | LOOPS.get(name, {})
+    return small_model(moe, routing=RoutingConfig(**routing), **sizes | more)
 
 
 def oracle(model, ids_S):
@@ -62,7 +80,7 @@ def test_executed_equals_masked_forward_and_backward(name, training):
     if model.config.moe is None:
         row = 6 * 16 * 24
         assert ledger.by_op()["mlp"] == (int(ran.sum()) * row, 4 * sum(LENGTHS) * row)
-    if training and model.config.routing.kind == "halt":
+    if training and model.config.routing.kind == "halt" and output.depth[-1]:
         ponder = torch.cat([ponder for _, _, ponder in parts]).mean()
         torch.testing.assert_close(output.depth[-1]["ponder"], ponder)
     probe_TV = torch.randn(wanted_TV.shape, generator=torch.Generator().manual_seed(1))
@@ -97,7 +115,7 @@ def test_prefill_then_decode_is_one_forward_without_a_cache(name):
     wanted = model(ids_T, position_T, offsets_B1, context=Context(ledger=ledger)).logits_TV
     starts = offsets_B1.tolist()
     for prompts in ([0, 0, 0, 0], [4, 1, 2, 3], [5, 0, 6, 1]):
-        cache, got = KVCache(len(model.blocks), len(LENGTHS)), torch.full_like(wanted, torch.nan)
+        cache, got = KVCache(model.config.steps, len(LENGTHS)), torch.full_like(wanted, torch.nan)
         done, decoding = [0] * len(LENGTHS), Ledger()
         for step in [prompts, *([1] * len(LENGTHS) for _ in range(max(LENGTHS)))]:
             sizes = [min(n, L - d) for n, L, d in zip(step, LENGTHS, done, strict=True)]
@@ -147,6 +165,28 @@ def test_activation_checkpointing_changes_no_gradient_and_counts_nothing_twice(n
         assert len(choice.target_TK) == sum(LENGTHS)  # by token, also inside a routed block
     for a, b in zip(grads, grads2, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["ponder", "tsa", "tsa_loops"])
+def test_while_halting_is_soft_nobody_leaves_and_the_numbers_are_the_masked_ones(name):
+    model = depth_model(name).double()
+    batch = packed(LENGTHS)
+    parts = [halt_logits(model, ids_S, soft=True) for ids_S in sequences(batch[0], batch[2])]
+    wanted_TV = torch.cat([logits for logits, _, _ in parts]).float()
+    for training, step in ((True, 2), (False, None)):
+        model.train(training).soften_routers(not training)
+        ledger = Ledger()
+        output = model(*batch, context=Context(ledger=ledger, step=step))
+        torch.testing.assert_close(output.logits_TV, wanted_TV, rtol=1e-5, atol=1e-6)
+        executed, dense = ledger.by_op()["mlp"]
+        assert executed == dense
+    model.soften_routers(False)
+    hard_TV = model(*batch).logits_TV
+    assert (hard_TV - wanted_TV).abs().max() > 1e-3  # the threshold does something
+    after = Ledger()
+    model.train()(*batch, context=Context(ledger=after, step=3))
+    executed, dense = after.by_op()["mlp"]
+    assert executed < dense
 
 
 @settings(max_examples=15, deadline=None)

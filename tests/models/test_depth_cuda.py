@@ -6,16 +6,14 @@ import torch
 from moe_router import Context, Ledger
 from moe_router.config import RoutingConfig
 from tests.models.helpers import packed, small_model
-from tests.models.test_depth import LENGTHS, VARIANTS
+from tests.models.test_depth import LENGTHS, VARIANTS, depth_model
 
 pytestmark = pytest.mark.gpu
 
 
 def run(name, device, dtype=torch.float32, training=True):
-    routing, moe = VARIANTS[name]
-    config = RoutingConfig(**routing)
     # heads of 8 channels, so that bf16 takes the packed kernel
-    model = small_model(moe, routing=config, layers=4, dim=32, std=4.0, vocab=200)
+    model = depth_model(name, dim=32, std=4.0, vocab=200)
     model.train(training).to(device)
     ids_T, position_T, offsets_B1 = packed([60, 1, 33, 128], vocab=200)
     ledger = Ledger()

@@ -14,6 +14,7 @@ __all__ = ["texts"]  # a fixture
 CAUSAL = {
     "skip": {"kind": "skip", "every": 1, "first": 1},
     "halt": {"kind": "halt", "every": 1, "first": 0},
+    "tsa": {"kind": "halt", "halting": "tsa", "threshold": 0.5, "every": 1, "first": 0},
     "leap": {"kind": "leap", "every": 1, "first": 1},
 }
 
@@ -49,6 +50,19 @@ def test_what_is_executed_follows_the_knob_and_stays_causal(kind):
 def test_pruning_follows_the_knob(texts, name):
     model, dataset, config = trained(config_of(texts, name))
     assert between(model, dataset, config) == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.12)
+
+
+def test_an_evaluation_says_what_it_executed_hard_and_soft():
+    routing = CAUSAL["tsa"] | {"threshold": 0.3, "start": -1.0}
+    config = work.tiny(model={"moe": None, "layers": 4, "routing": routing})
+    trainer = Trainer(config)
+    hard = trainer.evaluate()
+    trainer.model.soften_routers(True)
+    soft = trainer.evaluate()
+    assert 0.4 < hard.executed < 0.8 and hard.loss != soft.loss
+    # everything, and the gates, which the dense model does not have
+    assert 1 < soft.executed < 1.05
+    assert Trainer(work.tiny(model={"moe": None})).evaluate().executed is None
 
 
 def test_a_model_without_such_routers_and_a_budget_out_of_range_are_refused():

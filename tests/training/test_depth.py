@@ -16,12 +16,14 @@ ROUTING = {
     "skip": {"kind": "skip", "keep": 0.5, "every": 1, "first": 0, "predictor": "mlp"},
     "halt": {"kind": "halt", "threshold": 0.7, "start": -0.5, "every": 1, "first": 0}
     | {"budget": 0.6, "cost_loss": 0.1},
+    "ponder": {"kind": "halt", "halting": "ponder", "threshold": 0.6, "start": 0.2}
+    | {"soft_steps": 2, "every": 1, "first": 0},
     # by position: the bytes of a sequence repeat, and rounding would decide between equal ones
     "leap": {"kind": "leap", "router": "position", "start": 0.0, "every": 1, "first": 0}
     | {"budget": 0.6},
 }
 
-LOSS = {"skip": "predictor", "halt": "ponder", "leap": "cost"}
+LOSS = {"skip": "predictor", "halt": "ponder", "ponder": "ponder", "leap": "cost"}
 
 
 def tiny(kind, **train):
