@@ -16,30 +16,133 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_TAKEN: tl.constexpr = tl.constexpr(-(2**31))  # below every key
+
 
 @triton.jit
 def _load_logits(  # type: ignore[no-untyped-def]
     logits_ptr, token, T, G, G_PAD: tl.constexpr
 ):
-    """fp32, -inf past the last group and the last token."""
-    group = tl.arange(0, G_PAD)
-    inside = (token < T)[:, None] & (group < G)[None, :]
-    at = token.to(tl.int64)[:, None] * G + group[None, :]
-    return tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+    """fp32 (tokens, G_PAD), -inf past the last group and the last token.
+
+    Read as spans of 128 groups before tokens, so that a warp holds a token whole.
+    """
+    span: tl.constexpr = min(G_PAD, 128)
+    spans: tl.constexpr = G_PAD // span
+    group = tl.arange(0, spans)[:, None, None] * span + tl.arange(0, span)[None, None, :]
+    inside = (token < T)[None, :, None] & (group < G)
+    at = token.to(tl.int64)[None, :, None] * G + group
+    logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+    return logits.permute(1, 0, 2).reshape(token.shape[0], G_PAD)
+
+
+@triton.jit
+def _fours(tile):  # type: ignore[no-untyped-def]
+    """(T, G) as four of (T, G / 4): neighbours in G, which one thread holds, part."""
+    even, odd = tl.split(tile.reshape(tile.shape[0], tile.shape[1] // 4, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _sum_exp(logits, live):  # type: ignore[no-untyped-def]
+    """The largest logit, each power of e below it, and their sum."""
+    x0, x1, x2, x3 = _fours(logits)
+    top = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 1)
+    top = tl.where(live, top, 0.0)
+    power = tl.exp(logits - top[:, None])
+    x0, x1, x2, x3 = _fours(power)
+    total = tl.sum((x0 + x1) + (x2 + x3), 1)
+    return top, power, tl.where(live, total, 1.0)
+
+
+@triton.jit
+def _ones(bits):  # type: ignore[no-untyped-def]
+    """How many bits of an int32 are set."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24) & 0xFF
 
 
 @triton.jit
 def _softmax(logits, live):  # type: ignore[no-untyped-def]
     """Probabilities, and the log of the sum they are divided by."""
-    top = tl.where(live, tl.max(logits, 1), 0.0)
-    power = tl.exp(logits - top[:, None])
-    total = tl.where(live, tl.sum(power, 1), 1.0)
+    top, power, total = _sum_exp(logits, live)
     return power / total[:, None], top + tl.log(total)
 
 
 @triton.jit
 def _sigmoid(logits):  # type: ignore[no-untyped-def]
     return 1.0 / (1.0 + tl.exp(-logits))  # 0 where the logit is -inf
+
+
+@triton.jit
+def _key(ranked):  # type: ignore[no-untyped-def]
+    """int32 in the order of the floats: both zeros have one key, NaN has one below all numbers."""
+    bits = tl.where(ranked == 0.0, 0.0, ranked).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(ranked == ranked, bits, -(2**31) + 1)
+
+
+@triton.jit
+def _unkey(key):  # type: ignore[no-untyped-def]
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ahead(key, group, other_key, other_group, swap):  # type: ignore[no-untyped-def]
+    """Both pairs, exchanged where swap says so."""
+    return (
+        tl.where(swap, other_key, key),
+        tl.where(swap, other_group, group),
+        tl.where(swap, key, other_key),
+        tl.where(swap, group, other_group),
+    )
+
+
+@triton.jit
+def _best(  # type: ignore[no-untyped-def]
+    key, BLOCK_T: tl.constexpr, G_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr
+):
+    """The groups of the K highest keys and those keys, best first; ties go to the lower group.
+
+    Four neighbours, which one thread holds, are sorted first. Then a choice is two reductions over
+    the heads of the fours, of integers, so that each is one instruction of a warp, and whoever
+    lost its head moves up.
+    """
+    slot, four = tl.arange(0, K_PAD)[None, :], tl.arange(0, G_PAD // 4)[None, :] * 4
+    key0, key1, key2, key3 = _fours(key)
+    zero = tl.zeros_like(key0)
+    at0, at1, at2, at3 = four + zero, four + 1 + zero, four + 2 + zero, four + 3 + zero
+    key0, at0, key1, at1 = _ahead(key0, at0, key1, at1, key1 > key0)
+    key2, at2, key3, at3 = _ahead(key2, at2, key3, at3, key3 > key2)
+    key0, at0, key2, at2 = _ahead(key0, at0, key2, at2, key2 > key0)
+    key1, at1, key3, at3 = _ahead(key1, at1, key3, at3, key3 > key1)
+    # only here may the higher group stand first
+    swap = (key2 > key1) | ((key2 == key1) & (at2 < at1))
+    key1, at1, key2, at2 = _ahead(key1, at1, key2, at2, swap)
+    raw = tl.zeros((BLOCK_T, K_PAD), tl.int32)
+    won = tl.zeros((BLOCK_T, K_PAD), tl.int32)
+    for k in tl.static_range(K):
+        first = tl.max(key0, 1)[:, None]
+        best = tl.min(tl.where(key0 == first, at0, G_PAD), 1)[:, None]
+        raw = tl.where(slot == k, best, raw)
+        won = tl.where(slot == k, first, won)
+        mine = at0 == best
+        key0, at0 = tl.where(mine, key1, key0), tl.where(mine, at1, at0)
+        key1, at1 = tl.where(mine, key2, key1), tl.where(mine, at2, at1)
+        key2, at2 = tl.where(mine, key3, key2), tl.where(mine, at3, at2)
+        key3 = tl.where(mine, _TAKEN, key3)
+    return raw, won
+
+
+@triton.jit
+def _two_best(first, second, other_first, other_second):  # type: ignore[no-untyped-def]
+    """The two best of two pairs, each best first."""
+    rest = tl.maximum(second, other_second)
+    return tl.maximum(first, other_first), tl.maximum(tl.minimum(first, other_first), rest)
 
 
 @triton.jit
@@ -53,17 +156,14 @@ def _limit_groups(  # type: ignore[no-untyped-def]
     """-inf outside each token's best groups; a group is worth its two best experts."""
     size: tl.constexpr = G_PAD // GROUPS
     grouped = ranked.reshape(BLOCK_T, GROUPS, size)
-    first, at = tl.max(grouped, 2, return_indices=True)
-    others = tl.where(tl.arange(0, size)[None, None, :] == at[:, :, None], float("-inf"), grouped)
-    worth = first + tl.max(others, 2)
-    kept = tl.zeros((BLOCK_T, GROUPS), tl.int32)
-    for _ in tl.static_range(TOP_GROUPS):
-        best = tl.argmax(worth, 1)
-        here = tl.arange(0, GROUPS)[None, :] == best[:, None]
-        kept = tl.where(here, 1, kept)
-        worth = tl.where(here, float("-inf"), worth)
-    grouped = tl.where(kept[:, :, None] > 0, grouped, float("-inf"))
-    return grouped.reshape(BLOCK_T, G_PAD)
+    lowest = tl.full((BLOCK_T, GROUPS, size), float("-inf"), tl.float32)
+    first, second = tl.reduce((grouped, lowest), 2, _two_best)
+    worth = first + second
+    one, other = tl.arange(0, GROUPS)[:, None], tl.arange(0, GROUPS)[None, :]
+    mine, theirs = worth[:, :, None], worth[:, None, :]
+    ahead = (theirs > mine) | ((theirs == mine) & (other < one)[None, :, :])
+    kept = (tl.sum(ahead.to(tl.int32), 2) < TOP_GROUPS)[:, :, None]
+    return tl.where(kept, grouped, float("-inf")).reshape(BLOCK_T, G_PAD)
 
 
 @triton.jit
@@ -102,56 +202,67 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
     group = tl.arange(0, G_PAD)
     live = token < T
     logits = _load_logits(logits_ptr, token, T, G, G_PAD)
-    if SOFTMAX:
-        score, log_total = _softmax(logits, live)
-    else:
-        score = _sigmoid(logits)
+    if SOFTMAX or SUMS:
+        top, power, total = _sum_exp(logits, live)
     load_at = group.to(tl.int64) * blocks + block
     if SUMS:
-        share = score
-        if not SOFTMAX:
+        if SOFTMAX:
+            share = power / total[:, None]
+        else:
+            score = _sigmoid(logits)
             share = score / tl.maximum(tl.sum(score, 1), 1e-20)[:, None]
-            _, log_total = _softmax(logits, live)
+        log_total = top + tl.log(total)
         tl.store(share_ptr + load_at, tl.sum(tl.where(live[:, None], share, 0.0), 0), group < G)
         tl.store(z_ptr + block, tl.sum(tl.where(live, log_total * log_total, 0.0), 0))
 
     slot = tl.arange(0, K_PAD)
     keep = live[:, None] & (slot < K)[None, :]
     out = token.to(tl.int64)[:, None] * K + slot[None, :]
+    BY_SCORE: tl.constexpr = BIASED or GROUPS > 1  # the logits have the same order, and no rounding
     if GIVEN:
         raw = tl.load(raw_ptr + out, mask=keep, other=-1)
-        weights = tl.gather(score, tl.maximum(tl.minimum(raw, G_PAD - 1), 0), 1)
     else:
-        ranked = score
-        if BIASED:
-            bias = tl.load(bias_ptr + group, mask=group < E, other=0.0)
-            ranked = score + bias[None, :]
-        # NaN is lower than any score, so that a choice is always a group
-        ranked = tl.where(ranked == ranked, ranked, -1e30)
-        ranked = tl.where((group < G)[None, :], ranked, float("-inf"))
+        ranked = logits
+        if BY_SCORE:
+            ranked = power / total[:, None] if SOFTMAX else _sigmoid(logits)
+            if BIASED:
+                bias = tl.load(bias_ptr + group, mask=group < E, other=0.0)
+                ranked += bias[None, :]
+            # NaN is lower than any score, but not than what its token may not choose
+            ranked = tl.where(ranked == ranked, ranked, -1e30)
+            ranked = tl.where((group < G)[None, :], ranked, float("-inf"))
         if GROUPS > 1:
             ranked = _limit_groups(ranked, BLOCK_T, G_PAD, GROUPS, TOP_GROUPS)
-        raw = tl.zeros((BLOCK_T, K_PAD), tl.int32)
-        chosen = tl.zeros((BLOCK_T, G_PAD), tl.int32)
-        for k in tl.static_range(K):
-            best = tl.argmax(ranked, 1)
-            here = group[None, :] == best[:, None]
-            ranked = tl.where(here, float("-inf"), ranked)
-            raw = tl.where((slot == k)[None, :], best[:, None], raw)
-            chosen += (here & live[:, None]).to(tl.int32)
-        weights = tl.gather(score, raw, 1)
-        # a token chooses a group at most once, so its rank in the group counts earlier tokens
-        rank = tl.gather(tl.cumsum(chosen, 0) - chosen, raw, 1)
+        key = tl.where((group < G)[None, :], _key(ranked), _TAKEN)
+        raw, won = _best(key, BLOCK_T, G_PAD, K, K_PAD)
+        last = (slot == K - 1)[None, :]
+        last_key = tl.sum(tl.where(last, won, 0), 1)[:, None]
+        last_id = tl.sum(tl.where(last, raw, 0), 1)[:, None]
+        chosen = (key > last_key) | ((key == last_key) & (group[None, :] <= last_id))
+        # a token chooses a group at most once: a bit for each token of the block that chose it
+        bit = 1 << tl.arange(0, BLOCK_T)
+        chose = tl.sum(tl.where(chosen & live[:, None], bit[:, None], 0), 0)
+        flat = tl.gather(chose, raw.reshape(BLOCK_T * K_PAD), 0)
+        rank = _ones(flat.reshape(BLOCK_T, K_PAD) & (bit - 1)[:, None])
         tl.store(raw_ptr + out, raw, mask=keep)
         tl.store(rank_ptr + out, rank, mask=keep)
-        tl.store(load_ptr + load_at, tl.sum(chosen, 0), mask=group < G)
+        count = _ones(chose)
+        tl.store(load_ptr + load_at, count, mask=group < G)
+    if GIVEN or BY_SCORE:
+        # read again, from L1: a gather among registers is a shuffle for each of them
+        named = keep & (raw >= 0) & (raw < G)
+        picked = tl.load(logits_ptr + token.to(tl.int64)[:, None] * G + raw, mask=named, other=0.0)
+        picked = picked.to(tl.float32)
+    else:
+        picked = _unkey(won)
+    weights = tl.exp(picked - top[:, None]) / total[:, None] if SOFTMAX else _sigmoid(picked)
     real = keep & (raw >= 0) & (raw < E)  # the groups past E are null experts: no row, no weight
     weights = tl.where(real, weights, 0.0)
     if RENORMALISE:
         weights = weights / tl.maximum(tl.sum(weights, 1), 1e-20)[:, None]
     tl.store(weight_ptr + out, weights, mask=keep)
     if ALONE:
-        total = tl.where(group < E, tl.sum(chosen, 0), 0)
+        total = tl.where(group < E, count, 0)
         end = tl.cumsum(total, 0)
         tl.store(offsets_ptr + group + 1, end, mask=group < E)
         tl.store(offsets_ptr + group, tl.zeros((G_PAD,), tl.int32), mask=group == 0)
@@ -248,10 +359,19 @@ class Rule:
     top_groups: int = 1
 
 
-def block_of(T: int, G: int) -> int:
-    """Tokens of a block: few while there are too few blocks to fill a GPU; no tile that spills."""
-    fits: int = 2048 // triton.next_power_of_2(G)
-    return max(1, min(16 if T > 4096 else 8, fits))
+def _padded(G: int) -> int:
+    """A power of two, of whole fours."""
+    return max(4, int(triton.next_power_of_2(G)))
+
+
+def block_of(T: int, G: int) -> tuple[int, int]:
+    """Tokens of a block, at most one for each bit of an int, and warps: few tokens while there are
+    too few blocks to fill a GPU, else sixteen logits a thread."""
+    pad = _padded(G)
+    if T <= 4096:
+        return max(1, min(8, 2048 // pad)), 4
+    warps = 2 if pad <= 128 else 4
+    return max(1, min(32, 512 * warps // pad)), warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +410,7 @@ def gate(
 ) -> Gated:
     """Decide, weigh and count; with `given_TK` nothing is decided."""
     logits_TG, (T, G) = logits_TG.contiguous(), logits_TG.shape
-    block = block_of(T, G)
+    block, warps = block_of(T, G)
     blocks = triton.cdiv(T, block)
 
     def ints(*shape: int) -> Tensor:
@@ -314,10 +434,10 @@ def gate(
             logits_TG, logits_TG if bias_E is None else bias_E,
             out.raw_TK, out.weight_TK, out.rank_TK, out.load_GN, out.share_GN, out.z_N,
             *(plan or [raw_TK] * 4), T, G, rule.experts, blocks,
-            K=k, K_PAD=triton.next_power_of_2(k), G_PAD=triton.next_power_of_2(G), BLOCK_T=block,
+            K=k, K_PAD=triton.next_power_of_2(k), G_PAD=_padded(G), BLOCK_T=block,
             SOFTMAX=rule.score == "softmax", BIASED=bias_E is not None,
             RENORMALISE=rule.renormalise, GROUPS=rule.expert_groups, TOP_GROUPS=rule.top_groups,
-            GIVEN=given_TK is not None, SUMS=sums, ALONE=plan is not None,
+            GIVEN=given_TK is not None, SUMS=sums, ALONE=plan is not None, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -332,7 +452,7 @@ def gate_backward(
 ) -> Tensor:
     """`reference.gate_backward`: (T, G) of the logits' dtype; both sums' gradients or none."""
     logits_TG, raw_TK, (T, G) = logits_TG.contiguous(), raw_TK.contiguous(), logits_TG.shape
-    K, block = raw_TK.size(1), block_of(T, G)
+    K, (block, warps) = raw_TK.size(1), block_of(T, G)
     out = torch.empty_like(logits_TG)
     sums = grad_G is not None and grad_z is not None
     grad_TK = grad_TK.contiguous()
@@ -340,7 +460,8 @@ def gate_backward(
     if T and G:
         _gate_backward_kernel[(triton.cdiv(T, block),)](
             logits_TG, raw_TK, grad_TK, grad_G, grad_z, out, T, G, rule.experts,
-            K=K, K_PAD=triton.next_power_of_2(K), G_PAD=triton.next_power_of_2(G), BLOCK_T=block,
+            K=K, K_PAD=triton.next_power_of_2(K), G_PAD=_padded(G), BLOCK_T=block,
             SOFTMAX=rule.score == "softmax", RENORMALISE=rule.renormalise, SUMS=sums,
+            num_warps=warps,
         )  # fmt: skip
     return out

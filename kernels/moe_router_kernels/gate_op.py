@@ -50,8 +50,9 @@ def gate(
 ) -> Gate:
     """From logits to choices, their weights, the Plan, and what the losses add up.
 
-    A token with a NaN among its scores ranks it below every other score; with softmax all its
-    weights are then NaN, and its choices the lowest ids.
+    The order is that of the logits, or of the scores where a bias or groups ask for scores. A NaN
+    ranks below every number; with softmax all weights of its token are NaN, and among scores all
+    its choices the lowest ids.
 
     Args:
         logits_TG: (T, G) floats; the groups past `experts` are null experts.
@@ -102,7 +103,7 @@ def _gate(
         load_G, share_G, z, plan = planning.finish(made, experts)
         return made.weight_TK, share_G, z, made.raw_TK, load_G, *plan
     score_TG = reference.score(logits_TG, score)
-    raw_TK = reference.decide(score_TG, k, experts, bias_E, expert_groups, top_groups)
+    raw_TK = reference.decide(logits_TG, k, experts, score, bias_E, expert_groups, top_groups)
     target_TK = real(raw_TK, experts)
     weight_TK = reference.choice_weights(score_TG, target_TK, renormalise)
     load_G = reference.count(raw_TK, logits_TG.size(1)).int()

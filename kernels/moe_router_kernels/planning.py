@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_router_kernels.fused_gate import Gated
 
+PLACED = 256  # choices of a program: latency counts, so many small ones
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 Sums = tuple[Tensor, Tensor, Tensor]  # load_G, share_G and z of the gate; empty if not asked for
 
@@ -210,10 +211,10 @@ def _finish(target_TK: Tensor, rank_TK: Tensor, counts: Counts, groups: int) -> 
         return sums, plan
     before_GN, sums = _scan(counts)
     # without tokens, someone must still write the offsets
-    _place_kernel[(max(1, triton.cdiv(R, 1024)),)](
+    _place_kernel[(max(1, triton.cdiv(R, PLACED)),)](
         target_TK, rank_TK, before_GN, sums[0], *plan, R, groups, blocks,
         K=max(K, 1), E_PAD=triton.next_power_of_2(max(groups, 1)), PER_BLOCK=counts.per,
-        BLOCK_R=1024,
+        BLOCK_R=PLACED,
     )  # fmt: skip
     return sums, plan
 

@@ -39,26 +39,33 @@ def limit_groups(score_TE: Tensor, expert_groups: int, top_groups: int) -> Tenso
     return grouped.masked_fill(~keep[..., None], float("-inf")).view(T, E)
 
 
-def top_k(score_TG: Tensor, k: int) -> Tensor:
-    """(T, K) int32: the ids of the k highest scores, best first. NaN is lower than any score."""
-    ranked_TG = score_TG.masked_fill(score_TG.isnan(), -1e30)
-    return ranked_TG.argsort(dim=-1, descending=True, stable=True)[:, :k].int()
+def top_k(ranked_TG: Tensor, k: int) -> Tensor:
+    """(T, K) int32: the ids of the k highest numbers, best first. NaN is lower than any number."""
+    return (-ranked_TG).argsort(dim=-1, stable=True)[:, :k].int()
 
 
 def decide(
-    score_TG: Tensor,
+    logits_TG: Tensor,
     k: int,
     experts: int,
+    kind: str,
     bias_E: Tensor | None = None,
     expert_groups: int = 1,
     top_groups: int = 1,
 ) -> Tensor:
     """(T, K) int32: the best groups of each token, best first; ids >= experts are null experts.
 
+    Ranked by score where a bias or a limit asks for scores, else by logit: the same order, but
+    without the ties that rounding makes and without a power of e, which differs between devices.
+
     Args:
-        bias_E: added for the choice alone, never for the weight.
+        bias_E: added to the score for the choice alone, never for the weight.
         expert_groups, top_groups: of `limit_groups`.
     """
+    if bias_E is None and expert_groups == 1:
+        return top_k(wide(logits_TG), k)
+    score_TG = score(logits_TG, kind)
+    score_TG = score_TG.masked_fill(score_TG.isnan(), -1e30)  # above what `limit_groups` excludes
     real_TE, null_TZ = score_TG[:, :experts], score_TG[:, experts:]
     if bias_E is not None:
         real_TE = real_TE + bias_E

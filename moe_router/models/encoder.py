@@ -71,7 +71,7 @@ class Classifier(Backbone):
             context: noise, ledger, observer of the routed layers.
         """
         passed = self.through_blocks(input_T, position_T, offsets_B1, context or PLAIN)
-        pooled_BD = self._pool(passed, offsets_B1.to(input_T.device))
+        pooled_BD = self._pool(passed, offsets_B1.to(input_T.device, non_blocking=True))
         with torch.autocast(input_T.device.type, enabled=False):
             logits_BC = self.head(pooled_BD.to(self.head.weight.dtype))
         return ClassifierOutput(

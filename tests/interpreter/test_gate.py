@@ -73,6 +73,19 @@ def test_a_choice_limited_to_groups(E, groups, top_groups, K):
     same(*both(logits_TE, K, expert_groups=groups, top_groups=top_groups, **rule))
 
 
+def test_a_block_has_a_token_for_every_bit():
+    T = 4100  # enough for blocks of 32 tokens; one group takes most of them
+    logits_TG = torch.randn(T, 8, generator=torch.Generator().manual_seed(0))
+    logits_TG[:, 3] += 2
+    same(*both(logits_TG.to(DEVICE), 2, experts=8))
+
+
+def test_the_order_is_that_of_the_logits_where_scores_are_equal():
+    logits_TE = torch.tensor([[30.0, 40.0, -0.0, 0.0, 50.0]], device=DEVICE)
+    made = gate(logits_TE, 5, experts=5, score="sigmoid", kernels="triton")
+    assert made.raw_TK.tolist() == [[4, 1, 0, 2, 3]]
+
+
 def test_no_tokens():
     ours, wanted = both(torch.empty(0, 4, device=DEVICE), 2, experts=4)
     same(ours, wanted)
@@ -84,7 +97,7 @@ def test_ties_go_to_the_lower_id():
     assert made.raw_TK.tolist() == [[0, 1]] * 3
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice")
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_still_choose_groups(score, bad):
