@@ -60,8 +60,11 @@ def _attend_backward(
         gate_R = gate_NJK.flatten()[choice_R.clamp(min=0)]
     lists = block_attention.Lists(first_N, last_N, target_NJK, count_NJ2, gate_NJK)
     groups = block_attention.Groups(block_R, gate_R, offsets_G1)
-    qkv = (grad_THd, q_THd, k_TJd, v_TJd)
-    return block_attention.backward(*qkv, lists, groups, out_THd, lse_HT, block, causal, tiles)
+    kept = block_attention.Kept(grad_THd.contiguous(), q_THd, k_TJd, v_TJd, out_THd, lse_HT)
+    how = (block, causal, tiles)
+    grad_q, grad_gate, dot_HT = block_attention.grad_queries(kept, lists, *how)
+    grad_k, grad_v = block_attention.grad_keys(kept, dot_HT, lists, groups, *how)
+    return grad_q, grad_k, grad_v, grad_gate if gate_NJK.numel() else torch.empty_like(gate_NJK)
 
 
 @_attend.register_fake
@@ -143,7 +146,7 @@ def attend_blocks(
         gate_NJK = q_THd.new_empty(0, dtype=torch.float32)
     else:
         gate_NJK = gate_NJK.gather(-1, order_NJK)
-    leaves = (q_THd, k_TJd, v_TJd, gate_NJK)
+    leaves = (*(x.contiguous() for x in (q_THd, k_TJd, v_TJd)), gate_NJK)
     groups = target_NJK.new_empty(0), target_NJK.new_empty(0), target_NJK.new_empty(0)
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         whole_N = last_N - first_N == block

@@ -38,42 +38,46 @@ def _causal(sequence_T: Tensor) -> Tensor:
     return (sequence_T[:, None] == sequence_T) & (token_T[:, None] >= token_T)
 
 
-def choose_blocks(q_SHd: Tensor, k_SJd: Tensor, block: int, k: int) -> Tensor:
-    """(N, J, K) int32: key blocks of each (query block, KV head) of one sequence, -1 for none.
-
-    A key block is summarised by its mean key, a query block by the mean of its queries over the
-    query heads that share the KV head. A query block always takes its own block, then the best of
-    the earlier ones; later ones never.
+def block_means(x_THd: Tensor, first_N: Tensor, last_N: Tensor, kv_heads: int) -> Tensor:
+    """(N, J, d) fp32: the mean over the tokens of a block and the heads that share a KV head.
 
     Args:
-        q_SHd, k_SJd: (S, heads, d) and (S, KV heads, d) of one sequence; H a multiple of J.
-        block: tokens of a block; the last one may be shorter.
-        k: blocks that each query block attends to, its own included.
+        first_N, last_N: int32, where each block begins and ends; they are all of T.
+    """
+    T, H, d = x_THd.shape
+    x_TJd = wide(x_THd).view(T, kv_heads, H // max(kv_heads, 1), d).mean(2)
+    sizes = (last_N - first_N).tolist()
+    means = [part.mean(0) for part in torch.split(x_TJd, sizes)]
+    return torch.stack(means) if means else x_TJd
+
+
+def choose_blocks(
+    score_NJN: Tensor, low_N: Tensor, high_N: Tensor, k: int, window: int = 0
+) -> Tensor:
+    """(N, J, K) int32: key blocks of each (query block, KV head), ascending, then -1.
+
+    A query block takes its own block and those at most `window` away, then the best of the others
+    among blocks low..high-1, K in all; of equals the lower, NaN last.
+
+    Args:
+        score_NJN: of each (query block, KV head) for each key block.
+        low_N, high_N: int32, key blocks that each query block may choose among: of its sequence,
+            and where attention is causal up to itself.
 
     Source: MoBA, Lu et al. 2025, arXiv:2502.13189, section 2.2, with query blocks for queries.
     """
-    J = k_SJd.size(1)
-    q_SJd = wide(q_SHd).view(len(q_SHd), J, -1, q_SHd.size(2)).mean(2)
-    query_NJd, key_NJd = (
-        torch.stack([part.mean(0) for part in torch.split(x, block)]) for x in (q_SJd, wide(k_SJd))
-    )
-    N = key_NJd.size(0)
-    score_JNN = torch.einsum("njd,mjd->jnm", query_NJd, key_NJd)
-    ids_N = torch.arange(N, device=score_JNN.device)
-    score_JNN = score_JNN.masked_fill(ids_N > ids_N[:, None], float("-inf"))
-    score_JNN = score_JNN.masked_fill(ids_N == ids_N[:, None], float("inf"))
-    ranked = score_JNN.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    ranked = ranked.masked_fill(ranked > ids_N[:, None], -1)
-    return ranked.permute(1, 0, 2).int()
-
-
-def block_mask(target_NJK: Tensor, tokens: int, block: int) -> Tensor:
-    """(J, S, S) bool: what `choose_blocks` lets each query token of a KV head attend to."""
-    ids_N = torch.arange(target_NJK.size(0), device=target_NJK.device)
-    chosen_JNN = (target_NJK[..., None] == ids_N).any(2).transpose(0, 1)
-    block_S = torch.arange(tokens, device=ids_N.device) // block
-    seen_JSS = chosen_JNN[:, block_S][:, :, block_S]
-    return seen_JSS & _causal(torch.zeros_like(block_S))
+    N, J, _ = score_NJN.shape
+    ids_N = torch.arange(N, device=score_NJN.device)
+    inside_NN = (ids_N >= low_N[:, None]) & (ids_N < high_N[:, None])
+    near_NN = (ids_N - ids_N[:, None]).abs() <= window
+    score_NJN = score_NJN.masked_fill(score_NJN.isnan(), -1e30)
+    score_NJN = score_NJN.masked_fill(near_NN[:, None], float("inf"))
+    score_NJN = score_NJN.masked_fill(~inside_NN[:, None], float("-inf"))
+    ranked_NJK = score_NJN.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    there_NJK = inside_NN[:, None].expand(N, J, N).gather(-1, ranked_NJK)
+    target_NJK = torch.where(there_NJK, ranked_NJK, N).sort(-1).values
+    target_NJK = torch.nn.functional.pad(target_NJK, (0, k - target_NJK.size(-1)), value=N)
+    return torch.where(target_NJK < N, target_NJK, -1).int()
 
 
 def masked_attention(

@@ -18,7 +18,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from moe_router_kernels import (  # noqa: E402
+    attention_kernels,
     block_attention,
+    block_choice,
     fused_gate,
     grouped,
     permute,
@@ -214,7 +216,7 @@ CUTS += [(kernel, "middle", 64) for kernel in block_attention.TILES]
 
 @pytest.mark.parametrize("name, tiles, channels", CUTS)
 def test_attend_blocks(name, tiles, channels, tmp_path):
-    kernel, tile = getattr(block_attention, f"_{name}_kernel"), block_attention.TILES[name][tiles]
+    kernel, tile = getattr(attention_kernels, f"_{name}_kernel"), block_attention.TILES[name][tiles]
     constants = {"D": channels, "BLOCK": 64, "CAUSAL": True, "GATED": False, "PRECISION": "tf32"}
     heads = {"GROUP": 4} if name == "keys" else {"HEADS": tile.heads(4, 64, channels)}
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
@@ -223,6 +225,23 @@ def test_attend_blocks(name, tiles, channels, tmp_path):
     # registers are full where a tile is large; what matters is the loop that the copy engine feeds
     loops = [part for part in sass.split("\n.L_x_") if "HGMMA" in part and "UTMALDG" in part]
     assert loops and max(map(spills, loops)) <= 16 and spills(sass) <= 400
+
+
+@pytest.mark.parametrize("padded, warps", [(64, 1), (1024, 4), (8192, 8)])
+def test_choose_blocks(padded, warps, tmp_path):
+    kernel = block_choice._choose_kernel
+    types = dict.fromkeys(["low_ptr", "high_ptr", "target_ptr"], INTS) | {"score_ptr": FLOATS}
+    types |= dict.fromkeys(["N", "J", "K", "WINDOW"], "i32")
+    sass = machine_code(kernel, types, {"N_PAD": padded}, tmp_path, num_warps=warps)
+    assert spills(sass) == 0
+
+
+def test_block_means(tmp_path):
+    types = dict.fromkeys(["first_ptr", "last_ptr"], INTS) | {"x_ptr": HALF, "mean_ptr": FLOATS}
+    constants = {"D": 128, "D_PAD": 128, "BLOCK": 64, "GROUP": 4}
+    kernel, pointers = block_choice._means_kernel, [*types]
+    sass = machine_code(kernel, types | {"J": "i32"}, constants, tmp_path, pointers)
+    assert spills(sass) == 0
 
 
 def test_tile_table(tmp_path):

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from benchmarks.attention_cases import Case, Shape
+from benchmarks.attention_tiles import measure_tile
 from moe_router_kernels import attention_op, reference_attention
 from tests.interpreter.poison import poisoned
 
@@ -12,6 +14,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
+
+from moe_router_kernels.block_attention import TILES  # noqa: E402
+
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -107,3 +112,13 @@ def test_the_operation_keeps_to_what_its_fake_says():
     leaves = [leaf.requires_grad_() for leaf in leaves]
     lists = (first_N, last_N, target_NJK, count_NJ2, *groups)
     torch.library.opcheck(attention_op._attend, (*leaves, *lists, 16, True, "auto"))
+
+
+def test_each_tile_can_be_timed():
+    shape = Shape("top2", 48, heads=2, kv_heads=1, channels=16, block=16)
+    case = Case(shape, torch.device(DEVICE))
+    for name in TILES["keys"]:
+        row = measure_tile(case, f"tiles/keys/{name}/top2/T48")
+        assert row["us"] > 0 and row["cut"] == str(TILES["keys"][name])
+    for kernel in ("forward", "queries"):
+        assert measure_tile(case, f"tiles/{kernel}/wide/top2/T48")["us"] > 0

@@ -4,11 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_router.routing.blocks import Blocks
 from moe_router_kernels.reference_attention import (
-    block_mask,
+    attend_blocks,
+    block_means,
     choose_blocks,
     generate_mask,
-    masked_attention,
 )
 
 few = settings(max_examples=25, deadline=None)
@@ -32,41 +33,56 @@ def test_the_mask_is_its_definition(lengths, clusters, window, first, seed):
     assert mask.diagonal().all()
 
 
+def bounds(lengths, block, causal):
+    """First and last token of each block, and the key blocks low..high-1 that it may choose."""
+    blocks = Blocks.of(lengths, block, torch.device("cpu"), causal=causal)
+    return (blocks.first_N, blocks.last_N), (blocks.low_N, blocks.high_N)
+
+
 @few
-@given(st.integers(1, 21), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
-def test_own_block_first_then_the_best_earlier_ones(S, block, k, seed):
-    generator = torch.Generator().manual_seed(seed)
-    q, key = torch.randn(S, 4, 8, generator=generator), torch.randn(S, 2, 8, generator=generator)
-    target = choose_blocks(q, key, block, k)
-    blocks = -(-S // block)
-    assert target.shape == (blocks, 2, min(k, blocks))
-    for n in range(blocks):
+@given(sequences, st.integers(1, 4), st.integers(1, 5), st.integers(0, 2), st.booleans())
+def test_own_block_and_the_window_then_the_best(lengths, block, k, window, causal):
+    (first, last), seen = bounds(lengths, block, causal)
+    home = [b for b, n in enumerate(lengths) for _ in range(-(-n // block))]
+    N, k = len(home), max(k, 2 * window + 1)
+    assert first.tolist() == [0, *last.tolist()[:-1]][:N] and sum(last - first) == sum(lengths)
+    score = torch.randn(N, 2, N, generator=torch.Generator().manual_seed(N))
+    target = choose_blocks(score, *seen, k, window)
+    assert target.shape == (N, 2, k) and target.dtype == torch.int32
+    for n in range(N):
+        open_to = [m for m in range(N) if home[m] == home[n] and (m <= n or not causal)]
         for j in range(2):
-            row = target[n, j].tolist()
-            chosen = [i for i in row if i >= 0]
-            assert row[0] == n and len(set(chosen)) == len(chosen) == min(k, n + 1)
-            assert all(i <= n for i in chosen)
-            query = q[n * block : (n + 1) * block, 2 * j : 2 * j + 2].mean((0, 1))
-            means = [key[i * block : (i + 1) * block, j].mean(0) @ query for i in range(n)]
-            best = sorted(range(n), key=lambda i: -float(means[i]))[: k - 1]
-            assert set(chosen[1:]) == set(best)
+            always = [m for m in open_to if abs(m - n) <= window]
+            rest = sorted(set(open_to) - set(always), key=lambda m: -float(score[n, j, m]))
+            wanted = sorted(always + rest[: k - len(always)])
+            assert target[n, j].tolist() == wanted + [-1] * (k - len(wanted))
+
+
+def test_of_equal_scores_the_lower_block_and_nan_last():
+    score = torch.tensor([0.5, float("nan"), -0.0, 0.0, 0.5, 0.0]).expand(6, 1, 6)
+    _, seen = bounds([6], 1, True)
+    assert choose_blocks(score, *seen, 3)[5, 0].tolist() == [0, 4, 5]
+    assert choose_blocks(score, *seen, 4)[5, 0].tolist() == [0, 2, 4, 5]
+    assert choose_blocks(score, *seen, 5)[5, 0].tolist() == [0, 2, 3, 4, 5]
+
+
+def test_means_are_of_the_tokens_of_a_block_and_of_the_heads_that_share_keys():
+    torch.manual_seed(0)
+    x = torch.randn(7, 4, 3)
+    means = block_means(x, *bounds([5, 0, 2], 2, True)[0], 2)
+    for n, tokens in enumerate(([0, 1], [2, 3], [4], [5, 6])):
+        torch.testing.assert_close(means[n, 1], x[tokens, 2:].mean((0, 1)))
 
 
 def test_all_blocks_are_dense_causal_attention():
     torch.manual_seed(0)
     q, k, v = torch.randn(13, 4, 8), torch.randn(13, 2, 8), torch.randn(13, 2, 8)
-    mask = block_mask(choose_blocks(q, k, 4, 4), 13, 4)
-    assert torch.equal(mask, torch.ones(13, 13, dtype=torch.bool).tril().expand(2, 13, 13))
+    (first, last), seen = bounds([13], 4, True)
+    target = choose_blocks(torch.randn(4, 2, 4), *seen, 4)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
     )
-    ours = masked_attention(q, k, v, mask)
+    ours = attend_blocks(q, k, v, first, last, target)
     torch.testing.assert_close(ours, wanted.transpose(0, 1))
-
-
-def test_a_later_token_changes_no_earlier_block_choice():
-    torch.manual_seed(0)
-    q, k = torch.randn(16, 2, 8), torch.randn(16, 2, 8)
-    before = choose_blocks(q, k, 4, 2)
-    q[12:], k[12:] = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
-    assert torch.equal(choose_blocks(q, k, 4, 2)[:3], before[:3])
+    halves = attend_blocks(q, k, v, first, last, target, torch.full(target.shape, 0.5))
+    torch.testing.assert_close(halves, ours / 2)

@@ -1,0 +1,101 @@
+"""Which key blocks each query block attends to, as torch operations."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_router_kernels import reference_attention as plain
+from moe_router_kernels.choose import uses_triton
+
+
+@torch.library.custom_op("moe_router::block_means", mutates_args=())
+def _block_means(
+    x_THd: Tensor, first_N: Tensor, last_N: Tensor, kv_heads: int, block: int
+) -> Tensor:
+    from moe_router_kernels import block_choice
+
+    return block_choice.block_means(x_THd, first_N, last_N, kv_heads, block)
+
+
+@_block_means.register_fake
+def _(x_THd: Tensor, first_N: Tensor, last_N: Tensor, kv_heads: int, block: int) -> Tensor:
+    sizes = (first_N.numel(), kv_heads, x_THd.size(2))
+    return x_THd.new_empty(sizes, dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_THd, first_N, last_N, _, _ = inputs
+    ctx.shape, ctx.dtype = x_THd.shape, x_THd.dtype
+    ctx.save_for_backward(first_N, last_N)
+
+
+def _backward(ctx: Any, grad_NJd: Tensor) -> tuple[Tensor | None, ...]:
+    first_N, last_N = ctx.saved_tensors
+    (T, H, d), J = ctx.shape, grad_NJd.size(1)
+    each_NJd = grad_NJd / ((last_N - first_N) * (H // max(J, 1)))[:, None, None]
+    token_T = torch.arange(T, device=last_N.device, dtype=last_N.dtype)
+    block_T = torch.searchsorted(last_N, token_T, right=True)
+    grad_TJd = each_NJd.to(ctx.dtype)[block_T]
+    grad_THd = grad_TJd[:, :, None].expand(T, J, H // max(J, 1), d).reshape(T, H, d)
+    return grad_THd, None, None, None, None
+
+
+_block_means.register_autograd(_backward, setup_context=_keep)
+
+
+def block_means(
+    x_THd: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    kv_heads: int,
+    block: int,
+    kernels: str = "auto",
+) -> Tensor:
+    """`reference_attention.block_means`, differentiable.
+
+    Args:
+        first_N, last_N: int32, where each block begins and ends; they are all of T.
+        block: the most tokens of one.
+        kernels: see `choose.uses_triton`.
+    """
+    uncovered = "fp64" if x_THd.dtype == torch.float64 else ""
+    if not uses_triton("block_means", kernels, x_THd.device, uncovered):
+        return plain.block_means(x_THd, first_N, last_N, kv_heads)
+    mean_NJd: Tensor = _block_means(x_THd, first_N, last_N, kv_heads, block)
+    return mean_NJd
+
+
+@torch.library.custom_op("moe_router::choose_blocks", mutates_args=())
+def _choose_blocks(
+    score_NJN: Tensor, low_N: Tensor, high_N: Tensor, k: int, window: int, triton: bool
+) -> Tensor:
+    if triton:
+        from moe_router_kernels import block_choice
+
+        return block_choice.choose_blocks(score_NJN, low_N, high_N, k, window)
+    return plain.choose_blocks(score_NJN, low_N, high_N, k, window)
+
+
+@_choose_blocks.register_fake
+def _(score_NJN: Tensor, low_N: Tensor, high_N: Tensor, k: int, *_: Any) -> Tensor:
+    return score_NJN.new_empty((*score_NJN.shape[:2], k), dtype=torch.int32)
+
+
+def choose_blocks(
+    score_NJN: Tensor,
+    low_N: Tensor,
+    high_N: Tensor,
+    k: int,
+    window: int = 0,
+    kernels: str = "auto",
+) -> Tensor:
+    """`reference_attention.choose_blocks`; ids, so no gradient."""
+    N = score_NJN.size(0)
+    uncovered = "fp64" if score_NJN.dtype == torch.float64 else ""
+    if N > 8192:
+        uncovered = f"{N} blocks: more than 8192"
+    triton = uses_triton("choose_blocks", kernels, score_NJN.device, uncovered)
+    scores = (score_NJN.detach(), low_N, high_N)
+    target_NJK: Tensor = _choose_blocks(*scores, k, window, triton)
+    return target_NJK
