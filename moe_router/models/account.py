@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_router.config import ModelConfig
-from moe_router.models.kv_cache import LayerCache
+from moe_router.models.kv_cache import CachedLayer
 from moe_router.routing import Ledger
 
 
@@ -41,7 +41,7 @@ class Account:
         self,
         layer: int,
         ran: Sequence[int],
-        cache: LayerCache | None,
+        cache: CachedLayer | None,
         fed: Sequence[int] | None = None,
     ) -> None:
         """Count a block that has run.

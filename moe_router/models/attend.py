@@ -1,15 +1,13 @@
-"""Attention on bare tensors. H query heads, J key and value heads, C channels of a head,
-S slots of a cache, Q queries of a sequence.
+"""Attention of packed sequences on bare tensors. H query heads, J key and value heads, C channels
+of a head.
 
-Query head h reads key head h // (H / J). Three ways, one result up to rounding: torch's packed
-flash kernel (CUDA, 16 bit), few padded calls (everything else), and new tokens against a cache.
+Query head h reads key head h // (H / J). Two ways, one result up to rounding: torch's packed flash
+kernel (CUDA, 16 bit), and few padded calls (everything else).
 """
 
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,66 +86,6 @@ def _received_in(q_THC: Tensor, k_THC: Tensor, size_T: Tensor, piece: Piece) -> 
     by_RW = _grid(size_T.to(q.dtype), piece)
     got_RW = torch.einsum("rhqk,rq->rk", weight_RHWW, by_RW) / q.size(1)
     return got_RW.flatten() if piece.cell_T is None else got_RW.flatten()[piece.cell_T]
-
-
-def attend_cached(
-    q_THC: Tensor, k_BJSC: Tensor, v_BJSC: Tensor, slot_T: Tensor, packing: Packing
-) -> Tensor:
-    """Each new token attends to the slots of its sequence up to its own.
-
-    Args:
-        k_BJSC, v_BJSC: the cache, the new tokens in it already.
-        slot_T: (T,) int64, the slot of each new token.
-
-    Returns:
-        (T, H, C) of q's dtype.
-    """
-    if packing.tokens == 0:
-        return q_THC
-    alike = _alike(packing.lengths)
-    if len(alike) == 1:
-        return _attend_grid(q_THC, k_BJSC, v_BJSC, slot_T, packing)
-    # a prompt beside sequences that get one token each would make every row as wide as itself
-    y_THC = torch.empty_like(q_THC)
-    starts = [0, *accumulate(packing.lengths)]
-    for rows in alike:
-        lengths = [packing.lengths[row] for row in rows]
-        tokens = [torch.arange(starts[row], starts[row + 1]) for row in rows]
-        token_R = torch.cat(tokens).to(q_THC.device)
-        row_B = torch.tensor(rows, device=q_THC.device)
-        inside = Packing(torch.tensor([0, *accumulate(lengths)]), q_THC.device)
-        y_THC[token_R] = _attend_grid(
-            q_THC[token_R], k_BJSC[row_B], v_BJSC[row_B], slot_T[token_R], inside
-        )
-    return y_THC
-
-
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """The sequences that have new tokens, by the power of two up to which they have."""
-    alike = defaultdict(list)
-    for row, n in enumerate(lengths):
-        if n:
-            alike[(n - 1).bit_length()].append(row)
-    return list(alike.values())
-
-
-def _attend_grid(
-    q_THC: Tensor, k_BJSC: Tensor, v_BJSC: Tensor, slot_T: Tensor, packing: Packing
-) -> Tensor:
-    """All sequences in one call, each as wide as the longest."""
-    B, Q, J = packing.sequences, packing.longest, k_BJSC.size(1)
-    _, H, C = q_THC.shape
-    cell_T = packing.sequence_T * Q + packing.rank_T
-    q_BQHC = q_THC.new_zeros(B * Q, H, C).index_copy(0, cell_T, q_THC).view(B, Q, H, C)
-    last_BQ = slot_T.new_zeros(B * Q).index_copy(0, cell_T, slot_T).view(B, Q)
-    # the H / J query heads of a key head become rows of one matrix: the cache is never repeated
-    q_BJXC = q_BQHC.view(B, Q, J, H // J, C).permute(0, 2, 3, 1, 4).reshape(B, J, -1, C)
-    slot_S = torch.arange(k_BJSC.size(2), device=slot_T.device)
-    seen_BQS = slot_S <= last_BQ[..., None]
-    seen_B1XS = seen_BQS[:, None].expand(B, H // J, Q, -1).reshape(B, 1, H // J * Q, -1)
-    y_BJXC = F.scaled_dot_product_attention(q_BJXC, k_BJSC, v_BJSC, attn_mask=seen_B1XS)
-    y_BQHC = y_BJXC.view(B, J, H // J, Q, C).permute(0, 3, 1, 2, 4).reshape(B * Q, H, C)
-    return y_BQHC[cell_T]
 
 
 def _more_channels(

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
-from moe_router.models.attend import attend_cached, attend_packed, received
-from moe_router.models.kv_cache import LayerCache
+from moe_router.models.attend import attend_packed, received
+from moe_router.models.kv_cache import CachedLayer
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn, rotate
 
@@ -44,26 +44,20 @@ class Attention(nn.Module):
         x_TD: Tensor,
         turn: Turn,
         packing: Packing,
-        cache: LayerCache | None = None,
+        cache: CachedLayer | None = None,
         size_T: Tensor | None = None,
         *,
         count_received: bool = False,
     ) -> Attended:
         """(T, D) to (T, D). With a cache, the tokens are appended to it and attend to all of it;
         without one a token of size s is seen as s equal ones."""
-        q, k, v_TJC = (
+        q_THC, k_TJC, v_TJC = (
             project(x_TD).unflatten(-1, (-1, self.channels)) for project in (self.q, self.k, self.v)
         )
-        q_THC, k_TJC = (rotate(x, turn).to(v_TJC.dtype) for x in (q, k))
         if cache is None:
+            q_THC, k_TJC = (rotate(x, turn).to(v_TJC.dtype) for x in (q_THC, k_TJC))
             y_THC = attend_packed(q_THC, k_TJC, v_TJC, packing, size_T)
         else:
-            fresh = cache.bound == 0
-            slot_T = cache.write(k_TJC, v_TJC, packing)
-            y_THC = (
-                attend_packed(q_THC, k_TJC, v_TJC, packing)
-                if fresh
-                else attend_cached(q_THC, *cache.read(), slot_T, packing)
-            )
+            y_THC, k_TJC = cache.attend(q_THC, k_TJC, v_TJC, turn, packing)
         received_T = received(q_THC, k_TJC, packing, size_T) if count_received else None
         return Attended(self.o(y_THC.flatten(1)), k_TJC, received_T)

@@ -15,7 +15,7 @@ from moe_router.layers.prune import Prune
 from moe_router.models.account import Account, flops_of_blocks
 from moe_router.models.block import Block, BlockOutput
 from moe_router.models.budget import Budget, ExpectedCost
-from moe_router.models.kv_cache import KVCache, LayerCache
+from moe_router.models.kv_cache import CachedLayer, KVCache
 from moe_router.models.norm import RMSNorm
 from moe_router.models.packing import Packing
 from moe_router.models.passed import Passed, tell
@@ -159,7 +159,7 @@ class Backbone(nn.Module):
         return turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
 
     def _run(
-        self, step: int, passed: Passed, context: Context, cache: LayerCache | None
+        self, step: int, passed: Passed, context: Context, cache: CachedLayer | None
     ) -> BlockOutput:
         stream, block = passed.stream, self.blocks[step % self.config.layers]
         context = context if passed.plan is None else context.within(passed.plan)

@@ -14,7 +14,7 @@ from moe_router.layers.moe import MoE
 from moe_router.layers.skip import Skip
 from moe_router.layers.swiglu import SwiGLU
 from moe_router.models.attention import Attended, Attention
-from moe_router.models.kv_cache import LayerCache
+from moe_router.models.kv_cache import CachedLayer
 from moe_router.models.norm import RMSNorm
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn
@@ -101,7 +101,7 @@ class Block(nn.Module):
         turn: Turn,
         packing: Packing,
         context: Context,
-        cache: LayerCache | None = None,
+        cache: CachedLayer | None = None,
         size_T: Tensor | None = None,
         asked_TD: Tensor | None = None,
     ) -> BlockOutput:
@@ -139,7 +139,7 @@ class Block(nn.Module):
         delta_MD, routed = self._feed(slots.x_TD, slots, inside)
         return BlockOutput(slots.x_TD + delta_MD, routed, merged=merged, stream=slots)
 
-    def _attend(self, stream: Stream, cache: LayerCache | None) -> Attended:
+    def _attend(self, stream: Stream, cache: CachedLayer | None) -> Attended:
         normed_TD = self.attention_norm(stream.x_TD)
         size_T = stream.size_T if self.weighs else None  # else it is for the pooling alone
         here = (stream.turn, stream.packing, cache, size_T)

@@ -56,8 +56,8 @@ def _decode(
 ) -> list[list[int]]:
     device = model.embed.weight.device
     noise_BN = sampling_noise(prompts, sampling, device)
-    longest = max(map(len, prompts))
-    cache = KVCache(model.config.steps, len(prompts), reserve=longest + sampling.max_new_tokens)
+    most = sum(map(len, prompts)) + len(prompts) * sampling.max_new_tokens
+    cache = KVCache(model.config.steps, len(prompts), reserve=most)
     length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     texts: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))

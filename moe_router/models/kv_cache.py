@@ -1,101 +1,220 @@
-"""Keys and values of the tokens so far. Each layer has its own storage and its own lengths, so
-that a layer which some tokens skip holds fewer of them. For inference: nothing here has a gradient.
+"""Keys and values of the tokens so far, in pages. Each layer has its own lengths and its own table
+of pages, so that a layer which some tokens skip holds fewer of them; all layers take their pages
+from one pool. For inference: nothing here has a gradient.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_router.errors import ConfigError
-from moe_router.models.packing import Packing
+from moe_router.models.attend import attend_packed
+from moe_router.models.attend_cached import attend_cached
+from moe_router.models.packing import Packing, upload
+from moe_router.models.rope import Turn
+from moe_router_kernels import paged_op, reference_pages
+
+PAGE = 64  # slots: half of a page is wasted a sequence and layer, a table entry is read a page
 
 
-@dataclass(slots=True)
-class LayerCache:
-    """Attributes:
-    sequences: B.
-    reserve: slots to hold from the start; more are added when they run out.
-    lengths: slots in use; known to the host without a wait.
-    length_B: int32, the same on the device.
-    kv_2BSJC: keys, values: J heads of C channels in S slots of B sequences.
+class CachedLayer(Protocol):
+    """What attention needs of the cache of one layer."""
+
+    def attend(
+        self, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, turn: Turn, packing: Packing
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens to their sequences; each attends to all of its sequence up to itself.
+
+        Args:
+            q_THC, k_TJC: not yet turned.
+
+        Returns:
+            What came to the queries, (T, H, C), and the turned keys.
+        """
+        ...
+
+    @property
+    def length_B(self) -> Tensor: ...
+
+
+class Pages:
+    """A pool of pages; it grows by doubling. Page 0 is nobody's: what is computed for no sequence
+    may be written there.
+
+    Args:
+        slots: of a page.
+        reserve: pages to hold from the start.
+
+    Attributes:
+        kv_2NJSC: keys, values: J heads of C channels in S slots of N pages; empty until a token
+            says what they are like.
     """
 
-    sequences: int
-    reserve: int
-    lengths: list[int] = field(init=False)
-    length_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
-    kv_2BSJC: Tensor = field(default_factory=lambda: torch.zeros(0))
+    def __init__(self, slots: int, reserve: int = 0) -> None:
+        self.slots = slots
+        self.kv_2NJSC = torch.zeros(0)
+        self._held, self._reserve = 1, reserve
+        self._free: list[int] = []
 
-    def __post_init__(self) -> None:
-        self.lengths = [0] * self.sequences
+    @property
+    def used(self) -> int:
+        return self._held - 1 - len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Pages with anything in them."""
+        if count > len(self._free):
+            held = max(2 * self._held, self._held + count, self._reserve + 1)
+            self._free = [*range(held - 1, self._held - 1, -1), *self._free]
+            self._held = held
+        return [self._free.pop() for _ in range(count)]
+
+    def give(self, pages: Sequence[int]) -> None:
+        self._free += pages
+
+    def fit(self, like_TJC: Tensor) -> None:
+        """Have storage for every page that was taken."""
+        old = self.kv_2NJSC
+        if old.dim() == 5 and old.size(1) >= self._held:
+            return
+        _, J, C = like_TJC.shape
+        # zeros: page 0 is read before anything is written there
+        kv = like_TJC.new_zeros(2, self._held, J, self.slots, C)
+        if old.dim() == 5:
+            kv[:, : old.size(1)] = old
+        self.kv_2NJSC = kv
+
+
+class LayerCache:
+    """Args:
+    pool: where pages come from.
+    sequences: B.
+
+    Attributes:
+        lengths: slots in use; known to the host without a wait.
+        length_B: int32, the same on the device.
+        table_BM: int32, the pages of each sequence; past them anything.
+    """
+
+    def __init__(self, pool: Pages, sequences: int) -> None:
+        self.pool = pool
+        self.lengths = [0] * sequences
+        self._pages: list[list[int]] = [[] for _ in range(sequences)]
+        self._host_BM = np.zeros((sequences, 1), np.int32)
+        self._new = True  # the host knows of more than the device
+        self.length_B = torch.zeros(sequences, dtype=torch.int32)
+        self.table_BM = torch.zeros(sequences, 1, dtype=torch.int32)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
 
     @property
     def bound(self) -> int:
         """No sequence has more slots than this in use."""
         return max(self.lengths, default=0)
 
-    def write(self, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
-        """Append tokens to their sequences.
+    def attend(
+        self, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, turn: Turn, packing: Packing
+    ) -> tuple[Tensor, Tensor]:
+        """See `CachedLayer`.
+
+        Raises:
+            ConfigError: `packing` has another number of sequences.
+        """
+        before = self.lengths
+        q_THC, k_TJC, slot_T = self.append(q_THC, k_TJC, v_TJC, turn, packing)
+        if not any(before):
+            return attend_packed(q_THC, k_TJC, v_TJC, packing), k_TJC
+        cached = (self.pool.kv_2NJSC, self.table_BM, slot_T)
+        return attend_cached(q_THC, k_TJC, v_TJC, *cached, packing, before), k_TJC
+
+    def append(
+        self, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, turn: Turn, packing: Packing
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn, and write to the cache.
 
         Returns:
-            (T,) int64, the slot of each token in its sequence.
+            Turned queries and keys, and (T,) int64, the slot of each token in its sequence.
         """
         if packing.sequences != self.sequences:
             raise ConfigError(
                 f"cache holds {self.sequences} sequences, offsets_B1 has {packing.sequences}: "
                 f"want one for one; give a sequence without new tokens an empty range"
             )
+        self.make_room(packing.lengths)
+        self.settle(k_TJC)
+        slot_T = self.length_B[packing.sequence_T] + packing.rank_T
         self.lengths = [held + new for held, new in zip(self.lengths, packing.lengths, strict=True)]
-        self._make_room(k_TJC)
-        sequence_T = packing.sequence_T
-        slot_T = self.length_B[sequence_T] + packing.rank_T
-        self.kv_2BSJC[0, sequence_T, slot_T] = k_TJC.detach()
-        self.kv_2BSJC[1, sequence_T, slot_T] = v_TJC.detach()
         self.length_B = self.length_B + packing.offsets_B1.diff()
-        return slot_T
+        where = (self.pool.kv_2NJSC, self.table_BM, packing.sequence_T, slot_T)
+        return *paged_op.store(
+            q_THC.detach(), k_TJC.detach(), v_TJC.detach(), *turn, *where
+        ), slot_T
+
+    def make_room(self, more: Sequence[int]) -> None:
+        """Take the pages for so many more tokens of each sequence."""
+        slots = self.pool.slots
+        for row, (held, new) in enumerate(zip(self.lengths, more, strict=True)):
+            pages = self._pages[row]
+            missing = -(-(held + new) // slots) - len(pages)
+            if missing <= 0:
+                continue
+            first = len(pages)
+            pages += self.pool.take(missing)
+            if len(pages) > self._host_BM.shape[1]:
+                wider = max(len(pages), 2 * self._host_BM.shape[1])
+                self._host_BM = _padded(self._host_BM, self.sequences, wider)
+            self._host_BM[row, first : len(pages)] = pages[first:]
+            self._new = True
+
+    def settle(self, like_TJC: Tensor) -> None:
+        """Have storage for all of it, and the table on the device."""
+        self.pool.fit(like_TJC)
+        device = like_TJC.device
+        if self._new:
+            self.table_BM = upload(torch.from_numpy(self._host_BM), device)
+            self._new = False
+        if self.length_B.device != device:
+            self.length_B = self.length_B.to(device)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """(B, J, bound, C) keys and values; slots past a sequence's length are finite."""
-        k, v = self.kv_2BSJC[:, :, : self.bound].transpose(2, 3).unbind(0)
-        return k, v
+        """(B, J, slots, C) keys and values; 0 in slots past a sequence's length."""
+        pages = -(-self.bound // self.pool.slots)
+        return reference_pages.read(self.pool.kv_2NJSC, self.table_BM[:, :pages], self.length_B)
+
+    def grow(self, lengths: Sequence[int]) -> None:
+        """So many slots are in use: somebody has written them by `table_BM`."""
+        self.lengths = list(lengths)
+        self.length_B = upload(torch.tensor(self.lengths, dtype=torch.int32), self.length_B.device)
 
     def keep(self, row_B: Tensor, rows: Sequence[int]) -> None:
         """Hold only the sequences `rows`, in that order; row_B is the same on the device."""
-        self.sequences = len(rows)
+        going = set(rows)
+        for row, pages in enumerate(self._pages):
+            if row not in going:
+                self.pool.give(pages)
         self.lengths = [self.lengths[row] for row in rows]
-        if self._has_storage:
-            # the copy is made anyway: let go of the slots that only a longer sequence used
-            self.kv_2BSJC = self.kv_2BSJC[:, row_B, : max(self.bound, self.reserve)]
-            self.length_B = self.length_B[row_B]
+        self._pages = [self._pages[row] for row in rows]
+        self._host_BM = self._host_BM[list(rows)]
+        self.length_B, self.table_BM = self.length_B[row_B], self.table_BM[row_B]
 
     def join(self, sequences: int) -> None:
         """Hold so many more sequences, empty ones, after those that are here."""
-        self.sequences += sequences
         self.lengths += [0] * sequences
-        if self._has_storage:
-            _, _, *slot = self.kv_2BSJC.shape
-            more = self.kv_2BSJC.new_zeros(2, sequences, *slot)
-            self.kv_2BSJC = torch.cat([self.kv_2BSJC, more], 1)
-            self.length_B = torch.cat([self.length_B, self.length_B.new_zeros(sequences)])
+        self._pages += [[] for _ in range(sequences)]
+        self._host_BM = _padded(self._host_BM, self.sequences, self._host_BM.shape[1])
+        self.length_B = torch.cat([self.length_B, self.length_B.new_zeros(sequences)])
+        self._new = True
 
-    @property
-    def _has_storage(self) -> bool:
-        return self.kv_2BSJC.dim() == 5
 
-    def _make_room(self, like_TJC: Tensor) -> None:
-        held = self.kv_2BSJC.size(2) if self._has_storage else 0
-        if held >= self.bound and held > 0:
-            return
-        slots = max(self.bound, self.reserve, 2 * held)
-        # zeros, not empty: a masked NaN would still poison a sum
-        kv = like_TJC.new_zeros(2, self.sequences, slots, *like_TJC.shape[1:])
-        if held:
-            kv[:, :, :held] = self.kv_2BSJC
-        else:
-            self.length_B = self.length_B.new_zeros(self.sequences, device=like_TJC.device)
-        self.kv_2BSJC = kv
+def _padded(host_BM: NDArray[np.int32], rows: int, columns: int) -> NDArray[np.int32]:
+    wider = np.zeros((rows, columns), np.int32)
+    wider[: host_BM.shape[0], : host_BM.shape[1]] = host_BM
+    return wider
 
 
 class KVCache:
@@ -104,11 +223,15 @@ class KVCache:
     Args:
         layers: of the model.
         sequences: B, fixed but for `keep` and `join`.
-        reserve: tokens per sequence to hold room for from the start.
+        reserve: tokens, of all sequences together, to hold room for from the start.
+        page: slots of a page.
     """
 
-    def __init__(self, layers: int, sequences: int, reserve: int = 0) -> None:
-        self.layers = [LayerCache(sequences, reserve) for _ in range(layers)]
+    def __init__(self, layers: int, sequences: int, reserve: int = 0, page: int = PAGE) -> None:
+        self.pool = Pages(page, layers * (-(-reserve // page) + sequences if reserve else 0))
+        self.layers: Sequence[LayerCache] = [
+            LayerCache(self.pool, sequences) for _ in range(layers)
+        ]
 
     def keep(self, row_B: Tensor) -> None:
         """Hold only the sequences `row_B` (int64, on the cache's device), in that order."""

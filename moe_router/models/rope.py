@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_router_kernels import reference_pages
+
 
 class Turn(NamedTuple):
     """How far each token turns: fp32, (T, 1, C) for C channels of a head."""
@@ -54,5 +56,4 @@ def _turn(angle_TC: Tensor) -> Turn:
 
 def rotate(x_THC: Tensor, turn: Turn) -> Tensor:
     """Turn queries or keys, in fp32 at least; returns that dtype."""
-    swapped_THC = x_THC.roll(x_THC.size(-1) // 2, -1)
-    return x_THC * turn.cos_T1C + swapped_THC * turn.sin_T1C
+    return reference_pages.turn(x_THC, *turn)

@@ -1,8 +1,7 @@
 """One rank's part of serving: sequences that join and leave one batch, one forward pass a step.
 
 New prompts are read in the same pass in which the running sequences get their next token. It does
-not cut a long prompt into parts, and each sequence has a stretch of the cache of its own: both are
-waste where lengths differ much.
+not cut a long prompt into parts.
 """
 
 from collections import defaultdict

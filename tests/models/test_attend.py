@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_router.models import attend
-from moe_router.models.attend import attend_cached, attend_packed
-from moe_router.models.kv_cache import LayerCache
+from moe_router.models import attend_cached
+from moe_router.models.attend import attend_packed
+from moe_router.models.kv_cache import KVCache
 from moe_router.models.packing import NARROW, Packing
+from moe_router.models.rope import Turn
 
 CPU = torch.device("cpu")
 
@@ -67,41 +68,45 @@ def test_no_tokens_is_no_work():
     assert attend_packed(*x, packing_of([0, 0])).shape == (0, 4, 4)
 
 
+STILL = torch.tensor(1.0), torch.tensor(0.0)  # a turn by nothing
+
+
+def through_a_cache(q, k, v, held, new, page):
+    """What comes to the new tokens, the held ones being in a cache; and which tokens are new."""
+    (layer,) = KVCache(layers=1, sequences=len(held), page=page).layers
+    is_new = torch.cat([torch.arange(a + b) >= a for a, b in zip(held, new, strict=True)])
+    for these, lengths in ((~is_new, held), (is_new, new)):
+        turn = Turn(*(x.expand(int(these.sum()), 1, 1) for x in STILL))
+        y, _ = layer.attend(q[these], k[these], v[these], turn, packing_of(lengths))
+    return y, is_new
+
+
+@pytest.mark.parametrize("page", [1, 4, 64])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-def test_new_tokens_attend_to_the_cache_and_to_themselves(heads):
-    old, new = [3, 0, 6, 1], [2, 4, 0, 1]
+@pytest.mark.parametrize("new", [[2, 4, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 3, 0, 0]])
+def test_new_tokens_attend_to_the_cache_and_to_themselves(heads, new, page):
+    old = [3, 0, 6, 1, 9]
     both = [a + b for a, b in zip(old, new, strict=True)]
     q, k, v = (x.detach() for x in qkv(sum(both), *heads, 4, dtype=torch.float64))
-    wanted = definition(q, k, v, both)
-    is_new = torch.cat([torch.arange(a + b) >= a for a, b in zip(old, new, strict=True)])
-    cache = LayerCache(sequences=4, reserve=0)
-    cache.write(k[~is_new], v[~is_new], packing_of(old))
-    packing = packing_of(new)
-    slot_T = cache.write(k[is_new], v[is_new], packing)
-    got = attend_cached(q[is_new], *cache.read(), slot_T, packing)
-    torch.testing.assert_close(got, wanted[is_new])
+    got, is_new = through_a_cache(q, k, v, old, new, page)
+    torch.testing.assert_close(got, definition(q, k, v, both)[is_new])
 
 
 def test_a_prompt_beside_single_tokens_does_not_widen_their_rows(monkeypatch):
     cells = []
-    grid = attend._attend_grid
+    grid = attend_cached._attend_grid
 
     def counted(q_THC, k_BJSC, v_BJSC, slot_T, packing):
         cells.append(packing.sequences * packing.longest)
         return grid(q_THC, k_BJSC, v_BJSC, slot_T, packing)
 
-    monkeypatch.setattr(attend, "_attend_grid", counted)
-    held, new = [5, 0, 30, 1, 9], [1, 60, 0, 1, 3]
+    monkeypatch.setattr(attend_cached, "_attend_grid", counted)
+    held, new = [5, 0, 30, 7, 1, 9], [1, 60, 0, 50, 1, 3]
     q, k, v = (x.detach() for x in qkv(sum(held) + sum(new), 4, 2, 8))
+    got, is_new = through_a_cache(q, k, v, held, new, 16)
     lengths = [a + b for a, b in zip(held, new, strict=True)]
-    wanted = definition(q, k, v, lengths)
-    is_new = torch.cat([torch.arange(n) >= h for n, h in zip(lengths, held, strict=True)])
-    cache, before, now = LayerCache(sequences=5, reserve=0), packing_of(held), packing_of(new)
-    cache.write(k[~is_new], v[~is_new], before)
-    slot_T = cache.write(k[is_new], v[is_new], now)
-    got = attend_cached(q[is_new], *cache.read(), slot_T, now)
-    torch.testing.assert_close(got, wanted[is_new])
-    assert sum(cells) == 1 + 1 + 60 + 3
+    torch.testing.assert_close(got, definition(q, k, v, lengths)[is_new])
+    assert sorted(cells) == [3, 50]
 
 
 # each way to lay sequences into rows: shared and full, shared with gaps, one a row and shorter
