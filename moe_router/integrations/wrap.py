@@ -99,7 +99,8 @@ class RoutedEncoder(nn.Module):
         rows = replace(rows, offsets_B1=packing.offsets_B1)
         choice, kept = prune(rows, packing.lengths, self.context)
         src_R = kept.plan.src_R.long()
-        packing = Packing(kept.offsets_B1, rows.x_TD.device, causal=False)
+        bounds_B1 = kept.plan.offsets_G1
+        packing = Packing(bounds_B1, rows.x_TD.device, lengths=kept.lengths, causal=False)
         size_R = prune.mass(rows, choice, kept)
         x_RD = gather(rows.x_TD, kept.plan.src_R, kept.plan.row_TK)
         survivors = Tokens(x_RD, rows.position_T[src_R], packing.offsets_B1, size_R)

@@ -46,14 +46,14 @@ from moe_router_kernels import combine, gather
 LEAST = 1e-20  # of a probability; its logarithm is finite
 
 
-def begin(x_TD: Tensor, lengths: Sequence[int]) -> HaltState:
+def begin(x_TD: Tensor, offsets_B1: Tensor) -> HaltState:
     """Every token goes on.
 
     Args:
-        lengths: of the sequences in x_TD, on the host.
+        offsets_B1: of the sequences in x_TD.
     """
     zero_T = torch.zeros(x_TD.size(0), device=x_TD.device)
-    plan = every_token(lengths, x_TD.device)
+    plan = every_token(x_TD.size(0), offsets_B1)
     return HaltState(plan, zero_T, zero_T, zero_T.int(), zero_T, torch.zeros_like(x_TD))
 
 

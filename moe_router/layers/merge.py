@@ -149,9 +149,9 @@ def join(
     leave: Sequence[int],
 ) -> Merged:
     """The `leave` most similar tokens of each sequence join their partners."""
-    kept = keep_counted(
-        -similar_T, offsets_B1, [n - r for n, r in zip(lengths, leave, strict=True)]
-    )
+    stay = [n - r for n, r in zip(lengths, leave, strict=True)]
+    stay_B = torch.tensor(stay).to(similar_T.device, non_blocking=True)
+    kept = keep_counted(-similar_T, offsets_B1, stay, stay_B)
     row_T = kept.plan.row_TK[:, 0]
     slot_T = torch.where(row_T < 0, row_T[partner_T], row_T)
     plan = plan_from_ids(slot_T[:, None].int(), sum(kept.lengths))

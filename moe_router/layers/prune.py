@@ -25,13 +25,13 @@ from moe_router.routing.depth import (
     DepthRouter,
     Kept,
     Shifted,
-    best,
     flops_of,
     keep_all,
     keep_best,
     keep_where,
 )
 from moe_router.types import Choice, Tokens
+from moe_router_kernels import select_top_c
 
 
 def shifted_share(share: float, shift: float) -> float:
@@ -99,7 +99,8 @@ class Prune(Shifted):
             kept = keep_best(rank_T, tokens.offsets_B1, lengths, keep, least)
             weight_T = value_T
         else:
-            safe_T = best(rank_T, tokens.offsets_B1, [min(n, least) for n in lengths])
+            count_B = tokens.offsets_B1.diff().clamp(max=least)
+            safe_T = select_top_c(rank_T[:, None], tokens.offsets_B1, count_B)[:, 0]
             margin_T = (value_T - config.cut) / config.temperature + self.lean
             weight_T = margin_T.sigmoid().masked_fill(safe_T, 1.0)
             mass_T = weight_T if tokens.size_T is None else weight_T * tokens.size_T

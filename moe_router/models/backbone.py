@@ -91,12 +91,12 @@ class Backbone(nn.Module):
         self,
         input_T: Tensor,
         position_T: Tensor,
-        offsets_B1: Tensor,
+        offsets_B1: Tensor | Packing,
         context: Context,
         cache: KVCache | None = None,
     ) -> Passed:
         """Embed the tokens and run the blocks; each computes the tokens that are routed to it."""
-        packing = Packing(offsets_B1, input_T.device, causal=self.config.kind == "causal_lm")
+        packing = self.packing(offsets_B1, input_T.device)
         stream = Stream(self.embed(input_T), position_T, self.turn(position_T), packing)
         passed, routing = self._begin(stream, context), self.config.routing
         for step in range(self.config.steps):
@@ -133,9 +133,9 @@ class Backbone(nn.Module):
             flops = flops_of_blocks(config, packing.lengths, causal=packing.causal)
             passed.cost = ExpectedCost(flops, packing.tokens)
         if context.observe is not None and routing.tokens_leave:
-            passed.plan = every_token(packing.lengths, packing.device)
+            passed.plan = every_token(packing.tokens, packing.offsets_B1)
         if self.halts:
-            passed.halted = begin(stream.x_TD, packing.lengths)
+            passed.halted = begin(stream.x_TD, packing.offsets_B1)
         return passed
 
     def _end(self, passed: Passed) -> Passed:
@@ -153,6 +153,13 @@ class Backbone(nn.Module):
             if passed.cost is not None:
                 passed.depth.append({"cost": passed.cost.loss(count)})
         return passed
+
+    def packing(self, offsets_B1: Tensor | Packing, device: torch.device) -> Packing:
+        """Of the sequences of a pass. One that was made before is taken as it is: a CUDA graph
+        cannot hold what making it copies to the device."""
+        if isinstance(offsets_B1, Packing):
+            return offsets_B1
+        return Packing(offsets_B1, device, causal=self.config.kind == "causal_lm")
 
     def turn(self, position_T: Tensor) -> Turn:
         """By what queries and keys at these positions turn."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moe_router.config import ModelConfig
 from moe_router.models.backbone import Backbone, Running
 from moe_router.models.kv_cache import KVCache
+from moe_router.models.packing import Packing
 from moe_router.routing import Context
 from moe_router.routing.context import PLAIN
 from moe_router.types import HaltState, Routed
@@ -52,7 +53,7 @@ class CausalLM(Backbone):
         self,
         ids_T: Tensor,
         position_T: Tensor,
-        offsets_B1: Tensor,
+        offsets_B1: Tensor | Packing,
         *,
         cache: KVCache | None = None,
         context: Context | None = None,
@@ -62,7 +63,8 @@ class CausalLM(Backbone):
         Args:
             ids_T: (T,) integers, packed sequences.
             position_T: (T,) integers, position inside the sequence.
-            offsets_B1: (B + 1,) int32 cu_seqlens; on the CPU it saves a wait for the device.
+            offsets_B1: (B + 1,) int32 cu_seqlens; on the CPU it saves a wait for the device. Or a
+                Packing of them, for a CUDA graph.
             cache: holds the earlier tokens of the B sequences; the new ones are appended.
             context: noise, ledger, observer of the routed layers.
         """

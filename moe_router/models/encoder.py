@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
 from moe_router.models.backbone import Backbone, Running
+from moe_router.models.packing import Packing
 from moe_router.models.passed import Passed
 from moe_router.routing import Context
 from moe_router.routing.context import PLAIN
@@ -59,7 +60,7 @@ class Classifier(Backbone):
         self,
         input_T: Tensor,
         position_T: Tensor,
-        offsets_B1: Tensor,
+        offsets_B1: Tensor | Packing,
         *,
         context: Context | None = None,
     ) -> ClassifierOutput:
@@ -67,11 +68,13 @@ class Classifier(Backbone):
 
         Args:
             input_T, position_T: T tokens of packed sequences, and positions inside them.
-            offsets_B1: (B + 1,) int32 cu_seqlens; on the CPU it saves a wait for the device.
+            offsets_B1: (B + 1,) int32 cu_seqlens; on the CPU it saves a wait for the device. Or a
+                Packing of them, for a CUDA graph.
             context: noise, ledger, observer of the routed layers.
         """
-        passed = self.through_blocks(input_T, position_T, offsets_B1, context or PLAIN)
-        pooled_BD = self._pool(passed, offsets_B1.to(input_T.device, non_blocking=True))
+        packing = self.packing(offsets_B1, input_T.device)
+        passed = self.through_blocks(input_T, position_T, packing, context or PLAIN)
+        pooled_BD = self._pool(passed, packing.offsets_B1)
         with torch.autocast(input_T.device.type, enabled=False):
             logits_BC = self.head(pooled_BD.to(self.head.weight.dtype))
         return ClassifierOutput(

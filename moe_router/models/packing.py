@@ -5,6 +5,7 @@ costs more than the work that a block-diagonal mask wastes in a narrow row. Rows
 model's batch come out as they went in, whatever documents lie in them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
@@ -41,12 +42,22 @@ class Packing:
         offsets_B1: int32 cu_seqlens. On the CPU it costs no wait for the device; on the device it
             is read once.
         device: of the tokens.
+        lengths: of the sequences, where the host knows them already: then nothing is read.
         causal: whether a token attends to the earlier ones alone, or to its whole sequence.
     """
 
-    def __init__(self, offsets_B1: Tensor, device: torch.device, *, causal: bool = True) -> None:
+    def __init__(
+        self,
+        offsets_B1: Tensor,
+        device: torch.device,
+        *,
+        lengths: Sequence[int] | None = None,
+        causal: bool = True,
+    ) -> None:
         self.causal = causal
-        self.lengths = [b - a for a, b in pairwise(offsets_B1.tolist())]
+        if lengths is None:
+            lengths = [b - a for a, b in pairwise(offsets_B1.tolist())]
+        self.lengths = list(lengths)
         self.longest = max(self.lengths, default=0)
         self.tokens = sum(self.lengths)
         self.sequences = len(self.lengths)

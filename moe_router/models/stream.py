@@ -39,11 +39,12 @@ class Stream:
 
     def at(self, kept: Kept, x_RD: Tensor, size_R: Tensor | None) -> "Stream":
         """Other states in the places of the kept tokens."""
-        src_R = kept.plan.src_R
+        src_R, causal = kept.plan.src_R, self.packing.causal
+        bounds_B1 = kept.plan.offsets_G1
         return Stream(
             x_TD=x_RD,
             position_T=self.position_T[src_R],
             turn=Turn(self.turn.cos_T1C[src_R], self.turn.sin_T1C[src_R]),
-            packing=Packing(kept.offsets_B1, self.x_TD.device, causal=self.packing.causal),
+            packing=Packing(bounds_B1, x_RD.device, lengths=kept.lengths, causal=causal),
             size_T=size_R,
         )

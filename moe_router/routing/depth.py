@@ -8,17 +8,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_router.config import RoutingConfig
 from moe_router.routing.plan import plan_from_ids
 from moe_router.routing.score import make_score
 from moe_router.types import Choice, Plan
 from moe_router_kernels import combine, reference, select_top_c
+
+FINEST = 10**6  # of the shares that are kept, one part: times a length it fits int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Kept:
 
     Attributes:
         target_T1: int32, the sequence of a kept token, -1 for the others.
-        plan: over B sequences; R is exactly the number of kept tokens.
+        plan: over B sequences; R is exactly the number of kept tokens, `offsets_G1` the next
+            cu_seqlens.
         lengths: kept tokens of each sequence, on the host.
         expected: how many tokens the router keeps by its probabilities, to learn how many; None:
             that is not learned.
@@ -37,11 +40,6 @@ class Kept:
     plan: Plan
     lengths: tuple[int, ...]
     expected: Tensor | None = None
-
-    @property
-    def offsets_B1(self) -> Tensor:
-        """int32 cu_seqlens of the rows, on the CPU."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
 
 
 class DepthRouter(nn.Module):
@@ -60,7 +58,17 @@ class DepthRouter(nn.Module):
         self.requires_grad_(not config.frozen)
 
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
-        """(T,) logits; x_TD is the residual stream, of any scale."""
+        """(T,) logits; x_TD is the residual stream, of any scale. What is between the two is made
+        again in the backward pass: twice the stream in fp32 is a third of what a routed block that
+        computes half of its tokens would keep."""
+        if not torch.is_grad_enabled():
+            return self._logits(x_TD, position_T)
+        logit_T: Tensor = checkpoint(
+            self._logits, x_TD, position_T, use_reentrant=False, preserve_rng_state=False
+        )
+        return logit_T
+
+    def _logits(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         with torch.autocast(x_TD.device.type, enabled=False):
             normed_TD = F.rms_norm(reference.wide(x_TD), (x_TD.size(-1),))
             logit_T1: Tensor = self.score(normed_TD, position_T)
@@ -108,30 +116,32 @@ def keep_best(
         lengths: of the sequences, on the host, so that nothing waits for the device.
         least: tokens of a sequence to keep, if it has so many.
     """
-    # 0.6 means 3/5: in floats, 0.6 of 5 tokens is rounded up to 4
-    share = Fraction(str(keep))
+    # 0.6 means 3/5: in floats, 0.6 of 5 tokens is rounded up to 4. Counted twice, here and on the
+    # device: a copy from here could not be part of a CUDA graph
+    share = Fraction(str(keep)).limit_denominator(FINEST)
     kept = [min(n, max(math.ceil(share * n), least)) for n in lengths]
-    return keep_counted(logit_T.detach(), offsets_B1, kept)
+    length_B = offsets_B1.diff().long()
+    part_B = -(-share.numerator * length_B // share.denominator)
+    count_B = torch.minimum(part_B.clamp(min=least), length_B)
+    return keep_counted(logit_T.detach(), offsets_B1, kept, count_B)
 
 
-def keep_counted(logit_T: Tensor, offsets_B1: Tensor, kept: Sequence[int]) -> Kept:
-    """So many tokens of each sequence, those of highest logit; of equal ones the earlier."""
-    taken_T1 = best(logit_T, offsets_B1, kept)[:, None]
+def keep_counted(logit_T: Tensor, offsets_B1: Tensor, kept: Sequence[int], count_B: Tensor) -> Kept:
+    """So many tokens of each sequence, those of highest logit; of equal ones the earlier.
+
+    Args:
+        kept, count_B: how many, on the host and on the device.
+    """
+    taken_T1 = select_top_c(logit_T[:, None], offsets_B1, count_B)
     sequence_T = reference.sequence_of(offsets_B1, logit_T.numel())
     target_T1 = torch.where(taken_T1, sequence_T[:, None], -1).int()
     return _kept(target_T1, tuple(kept))
 
 
-def best(logit_T: Tensor, offsets_B1: Tensor, count: Sequence[int]) -> Tensor:
-    """(T,) bool: so many tokens of each sequence, on the host; of equal ones the earlier."""
-    count_B = torch.tensor(count, dtype=torch.int32).to(logit_T.device, non_blocking=True)
-    return select_top_c(logit_T[:, None], offsets_B1, count_B)[:, 0]
-
-
 def keep_all(lengths: Sequence[int], offsets_B1: Tensor) -> Kept:
     """Every token."""
     sequence_T = reference.sequence_of(offsets_B1, sum(lengths))
-    return Kept(sequence_T[:, None], every_token(lengths, offsets_B1.device), tuple(lengths))
+    return Kept(sequence_T[:, None], every_token(sum(lengths), offsets_B1), tuple(lengths))
 
 
 def keep_where(keep_T: Tensor, offsets_B1: Tensor) -> Kept:
@@ -152,11 +162,10 @@ def scatter(delta_RD: Tensor, choice: Choice, kept: Kept) -> Tensor:
     return combine(delta_RD, choice.weight_TK, plan.src_R, plan.choice_R, plan.row_TK)
 
 
-def every_token(lengths: Sequence[int], device: torch.device) -> Plan:
+def every_token(tokens: int, offsets_B1: Tensor) -> Plan:
     """The Plan in which each token has its row and none is moved."""
-    row_T = torch.arange(sum(lengths), dtype=torch.int32, device=device)
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return Plan(row_T, row_T, offsets.to(device, non_blocking=True), row_T[:, None])
+    row_T = torch.arange(tokens, dtype=torch.int32, device=offsets_B1.device)
+    return Plan(row_T, row_T, offsets_B1, row_T[:, None])
 
 
 def chain(plan: Plan, then: Plan) -> Plan:

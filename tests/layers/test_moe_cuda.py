@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_router import MoE, MoEConfig
+from tests.cuda_graphs import captured
 
 pytestmark = pytest.mark.gpu
 
@@ -93,7 +94,7 @@ def test_the_whole_layer_is_captured_in_a_cuda_graph(name, tokens):
     moe = MoE(64, MoEConfig(experts=8, top_k=2, hidden=96, **VARIANTS[name])).cuda().bfloat16()
     moe.eval().requires_grad_(False)
     x = torch.randn(1, tokens, 64, device="cuda", dtype=torch.bfloat16)
-    replay = _captured(lambda: moe(x).delta_TD)
+    replay = captured(lambda: moe(x).delta_TD)
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         assert torch.equal(replay(), moe(x).delta_TD)
@@ -111,29 +112,10 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph(name):
         loss = routed.delta_TD.float().square().sum() + moe.aux_loss(routed.choice)
         return torch.stack([g.float().sum() for g in torch.autograd.grad(loss, leaves)])
 
-    replay = _captured(step)
+    replay = captured(step)
     for _ in range(2):
         x.data.copy_(torch.randn_like(x))
         assert torch.equal(replay(), step())
-
-
-def _captured(run):
-    """Replays run; its result is the one it had when captured, rewritten."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-
-    def replay():
-        graph.replay()
-        return out.clone()
-
-    return replay
 
 
 def test_torch_compiles_the_layer_on_the_gpu():

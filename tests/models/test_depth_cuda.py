@@ -5,6 +5,7 @@ import torch
 
 from moe_router import Context, Ledger
 from moe_router.config import RoutingConfig
+from tests.cuda_graphs import captured
 from tests.models.helpers import packed, small_model
 from tests.models.test_depth import LENGTHS, VARIANTS, depth_model
 
@@ -72,3 +73,25 @@ def test_training_a_skip_never_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert model.embed.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("more", [{}, {"predictor": "mlp", "router": "mlp"}])
+def test_a_training_step_of_a_skip_is_one_cuda_graph(more):
+    """Its shapes are keep times the lengths, and nothing is copied from the host."""
+    routing = RoutingConfig(kind="skip", every=1, first=0, keep=0.3, **more)
+    model = small_model(None, routing=routing, dim=32, vocab=200).cuda().bfloat16()
+    drawn = [packed([60, 1, 33, 128], seed, vocab=200) for seed in range(3)]
+    ids_T, position_T = (x.cuda() for x in drawn[0][:2])
+    packing = model.packing(drawn[0][2], ids_T.device)
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def step():
+        output = model(ids_T, position_T, packing)
+        loss = output.logits_TV.square().mean() + model.aux_loss(output)
+        grads = torch.autograd.grad(loss, weights)
+        return torch.stack([loss, *(g.float().square().sum() for g in grads)])
+
+    replay = captured(step)
+    for other_T, *_ in drawn:
+        ids_T.copy_(other_T)
+        assert torch.equal(replay(), step())
