@@ -1,6 +1,7 @@
 """Triton: rows straight into the memory of another GPU, and flags that say when they are whole.
 
-A peer's inbox is HEADER bytes of flags, one int64 for each source, then two regions used in turn.
+A peer's inbox is HEADER bytes of flags, an int64 for each source in each half, then one region.
+First half: the source reads nothing in its own inbox any more; second half: what it put is whole.
 Epochs count exchanges on the device, so that a captured CUDA graph can be replayed. Nothing waits
 without a bound: a peer that is gone leaves a mark in `told`, and no hung or trapped GPU.
 """
@@ -10,106 +11,143 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADER = 4096  # bytes: flags of up to 512 ranks, and what follows stays aligned
+HEADER = 4096  # bytes: flags of up to 256 ranks, and what follows stays aligned
+_HALF = HEADER // 8 // 2  # int64: where the second half of the flags begins
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
-def _put_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, src_ptr, peer_ptr, start_ptr, at_ptr, epoch_ptr, offset, region, R, D,
-    W: tl.constexpr, GATHER: tl.constexpr, ALIGNED: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    parity = (tl.load(epoch_ptr) + 1) & 1
-    for row in range(tl.program_id(0), R, tl.num_programs(0)):
-        peer = row * 0
-        for w in tl.static_range(1, W):
-            peer += row >= tl.load(start_ptr + w)
-        token = row
-        if GATHER:
-            token = tl.load(src_ptr + row)
-        if token >= 0:  # an empty slot keeps what it has, nobody reads it
-            place = tl.load(at_ptr + peer) + row - tl.load(start_ptr + peer)
-            # int64: rows * D passes 2**31
-            inbox = tl.load(peer_ptr + peer) + HEAD + parity * region + offset
-            out_ptr = (
-                inbox.to(tl.pointer_type(x_ptr.dtype.element_ty)) + tl.cast(place, tl.int64) * D
-            )
-            if ALIGNED:
-                out_ptr = tl.multiple_of(out_ptr, 16)
-            from_ptr = x_ptr + tl.cast(token, tl.int64) * D
-            for first in range(0, D, BLOCK):
-                column = first + tl.arange(0, BLOCK)
-                word = tl.load(from_ptr + column, mask=column < D)
-                tl.store(out_ptr + column, word, mask=column < D)
-
-
-@triton.jit
-def _signal_kernel(peer_ptr, epoch_ptr, rank, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    epoch = tl.load(epoch_ptr) + 1
+def _tell(peer_ptr, at, epoch, W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the epoch into a flag of every inbox. The kernels before this one are done; release
+    makes what they wrote and read seen before the flag."""
     for w in tl.static_range(W):
-        flag_ptr = tl.load(peer_ptr + w).to(tl.pointer_type(tl.int64)) + rank
-        # the kernels before this one are done; release makes their rows seen before the flag
+        flag_ptr = tl.load(peer_ptr + w).to(tl.pointer_type(tl.int64)) + at
         tl.atomic_xchg(flag_ptr, epoch, sem="release", scope="sys")
-    tl.store(epoch_ptr, epoch)
 
 
 @triton.jit
-def _wait_kernel(flag_ptr, epoch_ptr, told_ptr, bound, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    epoch = tl.load(epoch_ptr)
+def _hears(flag_ptr, epoch, bound, W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether every source has written the epoch, within `bound` looks at each flag."""
+    silent = 0
     for w in tl.static_range(W):
         tries = 0
         seen = tl.atomic_add(flag_ptr + w, 0, sem="acquire", scope="sys")
         while (seen < epoch) & (tries < bound):
             seen = tl.atomic_add(flag_ptr + w, 0, sem="acquire", scope="sys")
             tries += 1
-        if seen < epoch:
-            tl.store(told_ptr, 1)
+        silent += (seen < epoch).to(tl.int32)
+    return silent == 0
+
+
+@triton.jit
+def _put_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, src_ptr, also_ptr, peer_ptr, flag_ptr, epoch_ptr, told_ptr, start_ptr, at_ptr,
+    x_offset, head_offset, tail_offset, turns, D, rank, bound,
+    W: tl.constexpr, GATHER: tl.constexpr, ALSO: tl.constexpr, SPLIT: tl.constexpr,
+    ALSO_PAD: tl.constexpr, ALIGNED: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    epoch = tl.load(epoch_ptr) + 1
+    if tl.program_id(0) == 0:
+        _tell(peer_ptr, rank, epoch, W)
+    heard = _hears(flag_ptr, epoch, bound, W)
+    if not heard:
+        tl.store(told_ptr, 1)
+    for turn in range(tl.program_id(0), tl.where(heard, turns, 0), tl.num_programs(0)):
+        # peers take turns, so that rows that stay here are copied while others cross the link
+        peer = (turn + rank + 1) % W
+        start = tl.load(start_ptr + peer)
+        row = start + turn // W
+        live = row < tl.load(start_ptr + peer + 1)
+        place = tl.cast(tl.load(at_ptr + peer) + turn // W, tl.int64)  # rows * D passes 2**31
+        inbox = tl.load(peer_ptr + peer) + HEAD
+        if live:
+            if ALSO > 0:
+                column = tl.arange(0, ALSO_PAD)
+                word = tl.load(also_ptr + tl.cast(row, tl.int64) * ALSO + column, column < ALSO)
+                head = head_offset // 4 + place * SPLIT + column
+                tail = tail_offset // 4 + place * (ALSO - SPLIT) + column - SPLIT
+                out_ptr = inbox.to(tl.pointer_type(tl.int32))
+                to = tl.where(column < SPLIT, head, tail)
+                tl.store(out_ptr + to, word, mask=column < ALSO)
+            token = row
+            if GATHER:
+                token = tl.load(src_ptr + row)
+            if token >= 0:  # an empty slot keeps what it has, nobody reads it
+                to_ptr = (inbox + x_offset).to(tl.pointer_type(x_ptr.dtype.element_ty)) + place * D
+                if ALIGNED:
+                    to_ptr = tl.multiple_of(to_ptr, 16)
+                from_ptr = x_ptr + tl.cast(token, tl.int64) * D
+                for first in range(0, D, BLOCK):
+                    column_D = first + tl.arange(0, BLOCK)
+                    word_D = tl.load(from_ptr + column_D, mask=column_D < D)
+                    tl.store(to_ptr + column_D, word_D, mask=column_D < D)
+
+
+@triton.jit
+def _meet_kernel(  # type: ignore[no-untyped-def]
+    peer_ptr, flag_ptr, epoch_ptr, told_ptr, rank, bound, W: tl.constexpr, HALF: tl.constexpr
+):
+    epoch = tl.load(epoch_ptr) + 1
+    _tell(peer_ptr, HALF + rank, epoch, W)
+    tl.store(epoch_ptr, epoch)
+    if not _hears(flag_ptr + HALF, epoch, bound, W):
+        tl.store(told_ptr, 1)
 
 
 def put(
     x: Tensor,
     src_R: Tensor | None,
+    also: Tensor | None,
+    split: int,
     peers_W: Tensor,
-    start_W: Tensor,
-    at_W: Tensor,
+    flags: Tensor,
     epoch: Tensor,
+    told: Tensor,
+    places: tuple[Tensor, Tensor],
     *,
-    rows: int,
-    offset: int,
-    region: int,
-    programs: int = 128,
+    most: int,
+    offsets: tuple[int, int, int],
+    rank: int,
+    bound: int,
+    programs: int = 256,
 ) -> None:
-    """Write rows into the inboxes of their ranks.
+    """Write rows into the inboxes of their ranks, once these read nothing there any more.
 
     Args:
         x: (T, D) of elements of 2, 4 or 8 bytes, contiguous; rows of 16 bytes move fastest.
         src_R: (R,) int32, the row of x in each slot, -1 for none; None: R rows of x in order.
+        also: (R, P) int32 of every slot, empty or not; None: nothing goes with the rows.
+        split: the first so many columns of `also` are one part, the others the next.
         peers_W: int64, addresses of the inboxes.
-        start_W, at_W: int32, where the slots of rank w begin here, and in its part there.
-        epoch: int64 scalar: exchanges that were signalled.
-        offset, region: bytes: where the part begins in a region, and the region's length.
+        flags: int64, HEADER bytes of the own inbox.
+        epoch: int64 scalar: exchanges that are over.
+        told: int32 scalar, becomes 1 if a peer did not answer within `bound` looks at its flag.
+        places: int32, where the slots of rank w begin here (W + 1), and in its parts there (W).
+        most: rows of the rank that gets most.
+        offsets: bytes, multiples of 16: where x and the parts of `also` begin in a region.
     """
     words = x.view(_WORDS[x.element_size()])
-    columns = words.size(1)
-    if rows and columns:
-        _put_kernel[(min(rows, programs),)](
-            words, words if src_R is None else src_R, peers_W, start_W, at_W, epoch, offset, region,
-            rows, columns, W=peers_W.numel(), GATHER=src_R is not None,
-            ALIGNED=columns * words.element_size() % 16 == 0, HEAD=HEADER,
-            BLOCK=min(4096, triton.next_power_of_2(columns)), num_warps=8,
-        )  # fmt: skip
+    columns, W = words.size(1), peers_W.numel()
+    wide = 0 if also is None else also.size(1)
+    turns = W * most
+    _put_kernel[(max(1, min(turns, programs)),)](
+        words, words if src_R is None else src_R, words if also is None else also, peers_W, flags,
+        epoch, told, *places, *offsets, turns, columns, rank, bound, W=W,
+        GATHER=src_R is not None, ALSO=wide, SPLIT=split,
+        ALSO_PAD=triton.next_power_of_2(max(wide, 1)),
+        ALIGNED=columns * words.element_size() % 16 == 0, HEAD=HEADER,
+        BLOCK=min(4096, triton.next_power_of_2(max(columns, 1))), num_warps=8,
+    )  # fmt: skip
 
 
-def signal(peers_W: Tensor, epoch: Tensor, rank: int) -> None:
-    """Tell every peer that this rank's rows of the next epoch are whole."""
-    _signal_kernel[(1,)](peers_W, epoch, rank, W=peers_W.numel(), num_warps=1)
-
-
-def wait(flags_W: Tensor, epoch: Tensor, told: Tensor, bound: int) -> None:
-    """Until every peer has signalled the epoch, or `bound` looks at a flag: then told becomes 1.
+def meet(
+    peers_W: Tensor, flags: Tensor, epoch: Tensor, told: Tensor, *, rank: int, bound: int
+) -> None:
+    """Tell every peer that this rank's rows are whole, and wait until theirs are: the epoch ends.
 
     Args:
-        flags_W: int64, of the own inbox.
+        told: int32 scalar, becomes 1 if a peer did not answer within `bound` looks at its flag.
     """
-    _wait_kernel[(1,)](flags_W, epoch, told, bound, W=flags_W.numel(), num_warps=1)
+    _meet_kernel[(1,)](
+        peers_W, flags, epoch, told, rank, bound, W=peers_W.numel(), HALF=_HALF, num_warps=1
+    )

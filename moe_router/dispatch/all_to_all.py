@@ -11,18 +11,19 @@ from torch import Tensor
 
 from moe_router.dispatch.base import Dispatcher, Group, Received
 from moe_router.dispatch.exchange import Collective, Mover, Return, Send, Splits, Travel
-from moe_router.dispatch.where import Rows, Tables, goes_to, lay_out, pad, plan_within
+from moe_router.dispatch.where import Rows, Tables, Where, lay_out, pad, plan_within
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
-from moe_router_kernels import gather, reference
+from moe_router_kernels import reference
+from moe_router_kernels.reference_ranks import goes_to
 
 
 @dataclass(frozen=True, slots=True)
 class _WayBack:
     rows: Rows
     splits: Splits
+    mover: Mover
     tokens: int
-    told: Tensor  # int32 scalar: not 0 once rows were lost
 
 
 class AllToAll(Dispatcher):
@@ -48,33 +49,28 @@ class AllToAll(Dispatcher):
         T = x_TD.size(0)
         some = max(T, 1)  # of an empty batch, one token that goes nowhere stands in the slots
         x_TD, weight_TK = pad(x_TD, some), pad(choice.weight_TK, some)
-        where = self._tables.find(choice, plan, placement, first_token)
-        rank_TK, slot_TK = (pad(ids, some, -1) for ids in where)
-        splits = self._splits(rank_TK, placement)
-        rows = lay_out(goes_to(rank_TK, self.ranks), splits.send_W, sum(splits.send))
-        weight_RK = gather(weight_TK, rows.src_R, rows.row_TW)
-        # a row carries only the choices that live where it goes; an empty slot carries none
-        going_R = torch.where(rows.choice_R < 0, -2, rows.choice_R % self.ranks)
-        here_RK = rank_TK[rows.src_R] == going_R[:, None]
-        id_RK = torch.where(here_RK, slot_TK[rows.src_R], -1)
-        weight_RK = weight_RK.masked_fill(~here_RK, 0.0)
+        found = self._tables.find(choice, plan, placement, first_token)
+        where = Where(*(pad(ids, some, -1) for ids in found))
+        splits = self._splits(where.rank_TK, placement)
+        rows = lay_out(where, weight_TK.detach(), splits.send_W, sum(splits.send))
 
-        told = torch.zeros((), dtype=torch.int32, device=x_TD.device)
-        way = _WayBack(rows, splits, T, told)
         started: list[Travel] = []
+        way = (rows, splits, self._mover)
         x_ND, weight_NK, id_NK = Send.apply(  # type: ignore[no-untyped-call]
-            x_TD, weight_RK, id_RK, rows, splits, self._mover, told, started
+            x_TD, weight_TK, *way, torch.is_grad_enabled(), started
         )
         held = len(placement.experts_of_rank[self.rank])
         local, too_few = plan_within(id_NK, held, splits.experts)
-        told |= rows.overflow | too_few
+        told = rows.overflow
+        if too_few is not None:
+            told |= too_few
         arrive = started[0].arrive if started else None
-        return Received(x_ND, Choice(id_NK, weight_NK), local, way, told, arrive)
+        return Received(x_ND, Choice(id_NK, weight_NK), local, _WayBack(*way, T), told, arrive)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:
         way: _WayBack = received.handle
         out_TD: Tensor = Return.apply(  # type: ignore[no-untyped-call]
-            y_ND, way.rows, way.splits, self._mover, way.told
+            y_ND, way.rows, way.splits, way.mover
         )
         return out_TD[: way.tokens]
 

@@ -45,7 +45,8 @@ class Received:
     @property
     def x_ND(self) -> Tensor:
         """Hidden states of the received tokens; N is T on one rank. Asked for as late as can be:
-        rows travel until then."""
+        rows travel until then. Where no gradient is wanted they, and the weights, may lie where
+        they came: to be used before the next dispatch or combine."""
         if self.arrive is None:
             return self.coming_ND
         if not self._here:

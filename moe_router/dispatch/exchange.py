@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_router.dispatch.base import Group
@@ -33,19 +34,24 @@ class Mover(Protocol):
     """Moves rows between ranks; no gradient. `told` is an int32 scalar on the device, not 0 once
     something was lost on the way."""
 
-    def out(self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
-    ) -> list[Tensor]:  # fmt: skip
-        """Each row's token to its rank, and `also`, (R, ...) each, with it."""
+    def start_out(
+        self, x_TD: Tensor, rows: Rows, bits: int, splits: Splits, told: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor, "Travel | None"]:
+        """Each row's token to its rank, which may still be on its way, and `packed_RP` with it:
+        its first `bits` columns, and the others.
+
+        Args:
+            keep: a gradient will be asked for, so what came must outlive the next exchange.
+        """
         ...
 
-    def start_out(
-        self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
-    ) -> tuple[list[Tensor], "Travel | None"]:
-        """`out`, but tokens may still be on their way."""
+    def out(self, x_TD: Tensor, rows: Rows, splits: Splits, told: Tensor) -> Tensor:
+        """Each row's token to its rank."""
         ...
 
     def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
-        """(N, ...) each back to where the N rows came from: (R, ...) each."""
+        """(N, ...) each back to where the N rows came from: (R, ...) each, valid until the next
+        exchange. At most two: rows, and 4 or 8 bytes for each of their choices."""
         ...
 
 
@@ -131,23 +137,23 @@ class Collective:
     group: Group
 
     def start_out(
-        self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
-    ) -> tuple[list[Tensor], Travel | None]:
-        way = (splits.send, splits.receive, self.group)
-        small = [exchange(x, *way) for x in also]
+        self, x_TD: Tensor, rows: Rows, bits: int, splits: Splits, told: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Travel | None]:
+        send, receive, group = way = (splits.send, splits.receive, self.group)
+        packed_NP = exchange(rows.packed_RP, *way)
         x_RD = torch.ops.moe_router.gather(x_TD, rows.src_R, rows.row_TW)
         x_ND, wait = start_exchange(x_RD, *way)
-        send, receive, group = way
 
         def start_home(grad_ND: Tensor) -> tuple[Tensor, Wait]:
             return start_exchange(grad_ND, receive, send, group)
 
-        return [x_ND, *small], Travel(wait, start_home)
+        # a single row would keep the stride of `packed_NP`, which no wider dtype can view
+        bits_NK = packed_NP[:, :bits].flatten().view(-1, bits)
+        return x_ND, bits_NK, packed_NP[:, bits:].contiguous(), Travel(wait, start_home)
 
-    def out(self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
-    ) -> list[Tensor]:  # fmt: skip
+    def out(self, x_TD: Tensor, rows: Rows, splits: Splits, told: Tensor) -> Tensor:
         x_RD = torch.ops.moe_router.gather(x_TD, rows.src_R, rows.row_TW)
-        return [exchange(x, splits.send, splits.receive, self.group) for x in (x_RD, *also)]
+        return exchange(x_RD, splits.send, splits.receive, self.group)
 
     def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
         return [exchange(x, splits.receive, splits.send, self.group) for x in parts]
@@ -167,7 +173,16 @@ def unpack(packed: Tensor, dtype: torch.dtype, K: int) -> tuple[Tensor, Tensor]:
 
 def sum_rows(y_RD: Tensor, rows: Rows) -> Tensor:
     """(T, D): what came from each rank, added up in order of rank."""
-    return torch.ops.moe_router.combine(y_RD, None, rows.src_R, rows.choice_R, rows.row_TW)  # type: ignore[no-any-return]
+    ids = (rows.src_R, rows.src_R, rows.row_TW)
+    return torch.ops.moe_router.combine(y_RD, None, *ids)  # type: ignore[no-any-return]
+
+
+def of_choices(grad_RK: Tensor, rows: Rows) -> Tensor:
+    """(T, K): what came for each choice, from the rank that serves it."""
+    rank_TK = rows.rank_TK.long()
+    row_TK = rows.row_TW.gather(1, rank_TK.clamp(min=0)).masked_fill(rank_TK < 0, -1).long()
+    none = grad_RK.size(0)  # a row of zeros behind the last one
+    return F.pad(grad_RK, (0, 0, 0, 1)).gather(0, torch.where(row_TK < 0, none, row_TK))
 
 
 class Send(torch.autograd.Function):
@@ -181,22 +196,21 @@ class Send(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TD: Tensor,
-        weight_RK: Tensor,
-        id_RK: Tensor,
+        weight_TK: Tensor,
         rows: Rows,
         splits: Splits,
         mover: Mover,
-        told: Tensor,
+        keep: bool,
         started: list[Travel],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        packed_RK = pack(weight_RK, id_RK)
-        (x_ND, packed_NK), travel = mover.start_out(x_TD, rows, [packed_RK], splits, told)
+        bits, told = rows.packed_RP.size(1) - weight_TK.size(1), rows.overflow
+        found = mover.start_out(x_TD, rows, bits, splits, told, keep)
+        x_ND, bits_NK, id_NK, travel = found
         if travel is not None:
             started.append(travel)
         ctx.way, ctx.travel = (rows, splits, mover, told), travel
-        weight_NK, id_NK = unpack(packed_NK, weight_RK.dtype, id_RK.size(1))
         ctx.mark_non_differentiable(id_NK)
-        return x_ND, weight_NK, id_NK
+        return x_ND, bits_NK.view(weight_TK.dtype), id_NK
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -206,22 +220,19 @@ class Send(torch.autograd.Function):
             grad_RD, grad_RK = mover.home(grads[:2], splits, told)
         else:
             (grad_RK,) = mover.home(grads[1:2], splits, told)
-        return sum_rows(grad_RD, rows), grad_RK, *[None] * 6
+        return sum_rows(grad_RD, rows), of_choices(grad_RK, rows), *[None] * 5
 
 
 class Return(torch.autograd.Function):
     """Results home and added up; their gradients go back to the experts."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y_ND: Tensor, rows: Rows, splits: Splits, mover: Mover, told: Tensor
-    ) -> Tensor:
-        ctx.way = (rows, splits, mover, told)
-        (home_RD,) = mover.home([y_ND], splits, told)
+    def forward(ctx: Any, y_ND: Tensor, rows: Rows, splits: Splits, mover: Mover) -> Tensor:
+        ctx.way = (rows, splits, mover)
+        (home_RD,) = mover.home([y_ND], splits, rows.overflow)
         return sum_rows(home_RD, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, splits, mover, told = ctx.way
-        (grad_ND,) = mover.out(grads[0], rows, [], splits, told)
-        return grad_ND, None, None, None, None
+        rows, splits, mover = ctx.way
+        return mover.out(grads[0], rows, splits, rows.overflow), None, None, None

@@ -105,7 +105,9 @@ class GatherScatter(Dispatcher):
         held = len(placement.experts_of_rank[self.rank])
         bound = (tokens, placement, self.rank, K, self.ranks * tokens, self._factor)
         local, too_few = plan_within(id_NK, held, rows_of_experts(*bound))
-        overflow = too_few if tokens >= T else torch.ones_like(too_few)
+        overflow = id_NK.new_full((), int(tokens < T))
+        if too_few is not None:
+            overflow |= too_few
         return Received(x_ND, Choice(id_NK, weight_NK), local, T, overflow)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:

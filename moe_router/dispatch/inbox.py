@@ -1,19 +1,20 @@
 """Memory that peers write into: on GPUs symmetric memory, on CPUs files that processes share.
 
-An inbox has a flag for each source and two regions that are used in turn. An exchange is: put rows
-into the peers' inboxes, signal, wait for every peer's signal, take. One signal each way is enough:
+An inbox has two flags for each source and one region. An exchange is `put`, then `meet`, of all
+ranks in the same order:
 
-    rank s puts epoch e        only after it has seen every peer's signal of e - 1
-    peer d signals e - 1       only after it has taken epoch e - 2
-    so epoch e overwrites      e - 2, of the same region, which d no longer needs
+    put     say to all "I read nothing in my inbox any more"; wait until all have; write the rows
+    meet    say to all "my rows are whole"; wait until all have
+
+So rows may be read where they lie until this rank's next exchange, and no longer.
 """
 
 import itertools
-import math
 import os
 import platform
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -25,33 +26,52 @@ from moe_router.dispatch.base import Group
 from moe_router.errors import ConfigError, PeerLostError
 
 HEADER = 4096  # bytes of flags, as in moe_router_kernels.peer
+_HALF = HEADER // 8 // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Rows for all ranks, and where they go.
+
+    Attributes:
+        x: (T, D).
+        src_R: int32, the row of x in each slot, -1 for none; None: R rows of x in order.
+        also: (R, P) int32, what goes with each slot; None: nothing.
+        split: the first so many columns of `also` are one part, the others the next.
+        send: slots for each rank, one rank's behind the other's.
+        at: where they begin in the parts of rank w.
+        offsets: bytes: where x and the parts of `also` begin in a region.
+    """
+
+    x: Tensor
+    src_R: Tensor | None
+    also: Tensor | None
+    split: int
+    send: list[int]
+    at: list[int]
+    offsets: tuple[int, int, int]
 
 
 class Inbox(Protocol):
-    """What `PeerMover` needs of it. Offsets are bytes inside a region."""
+    """What `PeerMover` needs of it."""
 
     capacity: int
 
-    def put(
-        self, x: Tensor, src_R: Tensor | None, send: list[int], at: list[int], offset: int
-    ) -> None:
-        """send[w] rows of x (or of x[src_R]) to row at[w] of a part of rank w's region."""
-        ...
-
-    def signal(self) -> None:
-        """What was put is whole."""
-        ...
-
-    def wait(self, told: Tensor) -> None:
-        """Until every peer has signalled, with a bound.
+    def put(self, message: Message, told: Tensor) -> None:
+        """Write rows into the peers' regions, once they read nothing there any more.
 
         Raises:
-            PeerLostError: one has not, where the host can tell; else `told` becomes not 0.
+            PeerLostError: a peer has not said so in time, where the host can tell; else `told`
+                becomes not 0, and nothing is written.
         """
         ...
 
-    def take(self, rows: int, like: Tensor, offset: int) -> Tensor:
-        """(rows, ...) copied out of the own region, shaped and typed as `like`'s rows."""
+    def meet(self, told: Tensor) -> None:
+        """Until every peer's rows are whole. Raises or tells as `put` does."""
+        ...
+
+    def view(self, rows: int, columns: int, dtype: torch.dtype, offset: int) -> Tensor:
+        """(rows, columns) of the own region, from `offset` bytes on: valid until the next put."""
         ...
 
 
@@ -78,12 +98,12 @@ class SharedInbox:
         self._bytes = [
             torch.from_file(str(p), shared=True, size=nbytes, dtype=torch.uint8) for p in paths
         ]
-        self._flags = [of[:HEADER].view(torch.int64)[: len(paths)] for of in self._bytes]
+        self._flags = [of[:HEADER].view(torch.int64).view(2, _HALF) for of in self._bytes]
         self._epoch = 0
 
     @staticmethod
     def size(capacity: int) -> int:
-        return HEADER + 2 * capacity
+        return HEADER + capacity
 
     @classmethod
     def form(cls, capacity: int, timeout_s: float, group: Group) -> "SharedInbox":
@@ -105,45 +125,45 @@ class SharedInbox:
             paths[rank].unlink(missing_ok=True)
         return inbox
 
-    def put(
-        self, x: Tensor, src_R: Tensor | None, send: list[int], at: list[int], offset: int
-    ) -> None:
+    def put(self, message: Message, told: Tensor) -> None:
+        self._tell(0)
+        self._hear(0)
+        x, src_R, also = message.x, message.src_R, message.also
         rows = x if src_R is None else x[src_R.clamp(min=0)]
-        starts = [0, *itertools.accumulate(send)]
-        for peer, (first, last) in enumerate(itertools.pairwise(starts)):
-            self._part(peer, self._epoch + 1, at[peer], last - first, x, offset).copy_(
-                rows[first:last]
-            )
+        parts = [rows]
+        if also is not None:
+            parts += [also[:, : message.split], also[:, message.split :]]
+        starts = [0, *itertools.accumulate(message.send)]
+        for part, offset in zip(parts, message.offsets, strict=False):
+            for peer, (first, last) in enumerate(itertools.pairwise(starts)):
+                begin = offset + message.at[peer] * part.size(1) * part.element_size()
+                self._part(peer, begin, last - first, part).copy_(part[first:last])
 
-    def signal(self) -> None:
+    def meet(self, told: Tensor) -> None:
+        self._tell(1)
+        self._hear(1)
         self._epoch += 1
-        for flags_W in self._flags:
-            flags_W[self._rank] = self._epoch
 
-    def wait(self, told: Tensor) -> None:
+    def view(self, rows: int, columns: int, dtype: torch.dtype, offset: int) -> Tensor:
+        return self._part(self._rank, offset, rows, torch.empty(0, columns, dtype=dtype))
+
+    def _tell(self, half: int) -> None:
+        for flags in self._flags:
+            flags[half, self._rank] = self._epoch + 1
+
+    def _hear(self, half: int) -> None:
         deadline = time.monotonic() + self._timeout_s
-        own_W = self._flags[self._rank]
-        while bool((own_W < self._epoch).any()):
+        own_W = self._flags[self._rank][half, : len(self._flags)]
+        while bool((own_W <= self._epoch).any()):
             if time.monotonic() > deadline:
-                silent = (own_W < self._epoch).nonzero()[:, 0].tolist()
+                silent = (own_W <= self._epoch).nonzero()[:, 0].tolist()
                 raise PeerLostError(
-                    f"rank {self._rank}, exchange {self._epoch}: no signal of rank "
+                    f"rank {self._rank}, exchange {self._epoch + 1}: no signal of rank "
                     f"{', '.join(map(str, silent))} in {self._timeout_s:g} s; form the group anew"
                 )
             time.sleep(1e-5)  # the peer may need this core
 
-    def take(self, rows: int, like: Tensor, offset: int) -> Tensor:
-        return self._part(self._rank, self._epoch, 0, rows, like, offset).clone()
-
-    def _part(
-        self, peer: int, epoch: int, first: int, rows: int, like: Tensor, offset: int
-    ) -> Tensor:
-        width = row_bytes(like)
-        begin = HEADER + epoch % 2 * self.capacity + offset + first * width
+    def _part(self, peer: int, offset: int, rows: int, like: Tensor) -> Tensor:
+        begin, width = HEADER + offset, like.size(1) * like.element_size()
         flat = self._bytes[peer][begin : begin + rows * width]
-        return flat.view(like.dtype).view(rows, *like.shape[1:])
-
-
-def row_bytes(x: Tensor) -> int:
-    """Bytes of a row, also where there is none."""
-    return math.prod(x.shape[1:]) * x.element_size()
+        return flat.view(like.dtype).view(rows, like.size(1))

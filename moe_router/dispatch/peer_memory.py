@@ -7,6 +7,7 @@ loudly if the peer is gone.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from moe_router.dispatch.base import Group
 from moe_router.dispatch.exchange import Splits, Travel
-from moe_router.dispatch.inbox import Inbox, SharedInbox, row_bytes
+from moe_router.dispatch.inbox import Inbox, Message, SharedInbox
 from moe_router.dispatch.padded import Padded
 from moe_router.dispatch.symmetric import SymmetricInbox
 from moe_router.dispatch.where import Rows
@@ -34,44 +35,57 @@ class PeerMover:
         self._rank, self._group, self._timeout_s = rank, group, timeout_s
         self._inbox: Inbox | None = None
 
-    def out(self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
-    ) -> list[Tensor]:  # fmt: skip
-        at = [self._rank * n for n in splits.send]
-        parts = [(x_TD, rows.src_R), *((part, None) for part in also)]
-        return self._exchange(parts, splits, splits.send, at, sum(splits.receive), told)
-
     def start_out(
-        self, x_TD: Tensor, rows: Rows, also: Sequence[Tensor], splits: Splits, told: Tensor
-    ) -> tuple[list[Tensor], Travel | None]:
-        """Nothing is left on its way: rows, ids and weights are one exchange."""
-        return self.out(x_TD, rows, also, splits, told), None
+        self, x_TD: Tensor, rows: Rows, bits: int, splits: Splits, told: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Travel | None]:
+        """Nothing is left on its way: rows, ids and weights are one exchange. What is not kept
+        stays where it came, and may be read until the next exchange."""
+        found = self._out(x_TD, rows, rows.packed_RP, bits, splits, told)
+        x_ND, bits_NK, id_NK = (part.clone() if keep else part for part in found)
+        return x_ND, bits_NK, id_NK, None
+
+    def out(self, x_TD: Tensor, rows: Rows, splits: Splits, told: Tensor) -> Tensor:
+        return self._out(x_TD, rows, None, 0, splits, told)[0].clone()
 
     def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
         at = [sum(splits.send[: self._rank])] * len(splits.send)
-        plain = [(part, None) for part in parts]
-        return self._exchange(plain, splits, splits.receive, at, sum(splits.send), told)
+        x, *also = parts
+        small = also[0].contiguous().view(torch.int32) if also else None
+        wide = small.size(1) if small is not None else 0
+        way = (splits.receive, at, sum(splits.send))
+        found = self._exchange(x, None, small, wide, splits, way, told)
+        return [found[0], *(found[1].view(part.dtype) for part in also)]
+
+    def _out(
+        self, x_TD: Tensor, rows: Rows, also: Tensor | None, bits: int, splits: Splits, told: Tensor
+    ) -> list[Tensor]:
+        at = [self._rank * n for n in splits.send]
+        way = (splits.send, at, sum(splits.receive))
+        return self._exchange(x_TD, rows.src_R, also, bits, splits, way, told)
 
     def _exchange(
         self,
-        parts: Sequence[tuple[Tensor, Tensor | None]],
+        x: Tensor,
+        src_R: Tensor | None,
+        also: Tensor | None,
+        split: int,
         splits: Splits,
-        send: list[int],
-        at: list[int],
-        rows: int,
+        way: tuple[list[int], list[int], int],
         told: Tensor,
     ) -> list[Tensor]:
+        """The rows that came, where they lie, and the two parts of what came with them."""
+        send, at, rows = way
         # of any rank and either way, so that all lay their parts out alike
         most = max(len(splits.send) * max(splits.send), sum(splits.send))
-        offsets, end = [], 0
-        for x, _ in parts:
-            offsets.append(end)
-            end += -(-most * row_bytes(x) // _ALIGN) * _ALIGN
-        inbox = self._ready(end, parts[0][0].device)
-        for (x, src_R), offset in zip(parts, offsets, strict=True):
-            inbox.put(x, src_R, send, at, offset)
-        inbox.signal()
-        inbox.wait(told)
-        return [inbox.take(rows, x, at) for (x, _), at in zip(parts, offsets, strict=True)]
+        wide = 0 if also is None else also.size(1)
+        kinds = [(x.size(1), x.dtype), (split, torch.int32), (wide - split, torch.int32)]
+        sizes = [-(-most * n * dtype.itemsize // _ALIGN) * _ALIGN for n, dtype in kinds]
+        first, second, third, end = accumulate(sizes, initial=0)
+        offsets = (first, second, third)
+        inbox = self._ready(end, x.device)
+        inbox.put(Message(x, src_R, also, split, send, at, offsets), told)
+        inbox.meet(told)
+        return [inbox.view(rows, *kind, start) for kind, start in zip(kinds, offsets, strict=True)]
 
     def _ready(self, nbytes: int, device: torch.device) -> Inbox:
         """An inbox of at least so many bytes. It grows on all ranks at once, for all know sizes."""

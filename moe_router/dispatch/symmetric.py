@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.dispatch.base import Group
-from moe_router.dispatch.inbox import HEADER
+from moe_router.dispatch.inbox import HEADER, Message
 
 _LOOKS_PER_S = 1_000_000  # at a flag in the own memory, about
 
@@ -34,7 +34,7 @@ class SymmetricInbox:
         self._rank = dist.get_rank(group)
         self._bound = int(timeout_s * _LOOKS_PER_S)
         device = torch.device("cuda", torch.cuda.current_device())
-        self._bytes = symmetric.empty(HEADER + 2 * capacity, dtype=torch.uint8, device=device)
+        self._bytes = symmetric.empty(HEADER + capacity, dtype=torch.uint8, device=device)
         self._bytes[:HEADER].zero_()
         torch.cuda.synchronize(device)  # the flags are 0 before a peer can write one
         everyone = group or dist.group.WORLD
@@ -42,47 +42,33 @@ class SymmetricInbox:
         self._handle = symmetric.rendezvous(self._bytes, everyone)
         pointers = list(self._handle.buffer_ptrs)
         self._peers_W = torch.tensor(pointers, dtype=torch.int64, device=device)
-        self._flags_W = self._bytes[:HEADER].view(torch.int64)[: len(pointers)]
+        self._flags = self._bytes[:HEADER].view(torch.int64)
         self._epoch = torch.zeros((), dtype=torch.int64, device=device)
         self._places: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def put(
-        self, x: Tensor, src_R: Tensor | None, send: list[int], at: list[int], offset: int
-    ) -> None:
+    def put(self, message: Message, told: Tensor) -> None:
         from moe_router_kernels import peer
 
+        send, at, device = message.send, message.at, message.x.device
         key = (tuple(send), tuple(at))
         if key not in self._places:
-            starts = [0, *itertools.accumulate(send)][:-1]
-            start_W, at_W = torch.tensor([starts, at], dtype=torch.int32, device=x.device)
-            self._places[key] = (start_W, at_W)
+            start_W1 = torch.tensor([0, *itertools.accumulate(send)], dtype=torch.int32)
+            at_W = torch.tensor(at, dtype=torch.int32)
+            self._places[key] = (start_W1.to(device), at_W.to(device))
+        x, also = message.x.contiguous(), message.also
+        own = (self._peers_W, self._flags, self._epoch, told, self._places[key])
         peer.put(
-            x.contiguous(),
-            src_R,
-            self._peers_W,
-            *self._places[key],
-            self._epoch,
-            rows=sum(send),
-            offset=offset,
-            region=self.capacity,
-        )
+            x, message.src_R, None if also is None else also.contiguous(), message.split, *own,
+            most=max(send), offsets=message.offsets, rank=self._rank, bound=self._bound,
+        )  # fmt: skip
 
-    def signal(self) -> None:
+    def meet(self, told: Tensor) -> None:
         from moe_router_kernels import peer
 
-        peer.signal(self._peers_W, self._epoch, self._rank)
+        own = (self._peers_W, self._flags, self._epoch, told)
+        peer.meet(*own, rank=self._rank, bound=self._bound)
 
-    def wait(self, told: Tensor) -> None:
-        from moe_router_kernels import peer
-
-        peer.wait(self._flags_W, self._epoch, told, self._bound)
-
-    def take(self, rows: int, like: Tensor, offset: int) -> Tensor:
-        columns = like.size(1)
-        words = self._bytes[HEADER:].view(like.dtype)
-        size = like.element_size()
-        strides = (self.capacity // size, columns, 1)
-        both = words.as_strided(
-            (2, rows, columns), strides, words.storage_offset() + offset // size
-        )
-        return both.index_select(0, self._epoch[None] & 1)[0]
+    def view(self, rows: int, columns: int, dtype: torch.dtype, offset: int) -> Tensor:
+        begin = HEADER + offset
+        flat = self._bytes[begin : begin + rows * columns * dtype.itemsize]
+        return flat.view(dtype).view(rows, columns)

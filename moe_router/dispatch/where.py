@@ -10,6 +10,8 @@ from torch import Tensor
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
 from moe_router.types import Choice, Plan
+from moe_router_kernels import reference_ranks as reference
+from moe_router_kernels.choose import uses_triton
 
 
 class Where(NamedTuple):
@@ -41,13 +43,13 @@ class Tables:
         Args:
             first_token: global index of token 0.
         """
-        kept_TK = torch.where(plan.row_TK >= 0, choice.target_TK, -1)
-        copies_E, rank_EC, slot_EC = self._tables(placement, kept_TK.device)
-        expert_TK = kept_TK.clamp(min=0)
-        token_T = torch.arange(kept_TK.size(0), device=kept_TK.device, dtype=torch.int64)
-        copy_TK = (token_T[:, None] + first_token) % copies_E[expert_TK]
-        rank_TK, slot_TK = rank_EC[expert_TK, copy_TK], slot_EC[expert_TK, copy_TK]
-        return Where(*(torch.where(kept_TK < 0, -1, found) for found in (rank_TK, slot_TK)))
+        tables = self._tables(placement, choice.target_TK.device)
+        inputs = (choice.target_TK, plan.row_TK, tables, first_token)
+        if uses_triton("ranks", "auto", choice.target_TK.device):
+            from moe_router_kernels import address
+
+            return Where(*address.find_ranks(*inputs))
+        return Where(*reference.find_ranks(*inputs))
 
     def _tables(self, placement: Placement, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """How many copies of each expert may serve this rank, and their ranks and slots."""
@@ -60,59 +62,54 @@ class Tables:
             rank_EC, slot_EC = torch.tensor(padded, dtype=torch.int32, device=device).unbind(-1)
             self._made[key] = (
                 torch.tensor([len(of) for of in serving], device=device),
-                rank_EC,
-                slot_EC,
+                rank_EC.contiguous(),
+                slot_EC.contiguous(),
             )
         return self._made[key]
-
-
-def goes_to(rank_TK: Tensor, ranks: int) -> Tensor:
-    """(T, W) bool: whether a token has a choice on a rank."""
-    ranks_W = torch.arange(ranks, device=rank_TK.device, dtype=torch.int32)
-    return (rank_TK[..., None] == ranks_W).any(1)
 
 
 class Rows(NamedTuple):
     """The rows of a message, by rank of destination; a Plan with room behind each group.
 
     Attributes:
-        src_R, choice_R: int32, the token of each row, and t * W + w; -1: an empty slot.
+        rank_TK: int32, the rank that serves each choice.
+        src_R: int32, the token of each row; -1: an empty slot.
         row_TW: int32, the inverse; -1: token t does not go to rank w.
-        overflow: bool scalar: a token found no slot.
+        packed_RP: int32, what goes with a row: the bits of its weights, then its slots there.
+        overflow: int32 scalar, not 0: a token found no slot.
     """
 
+    rank_TK: Tensor
     src_R: Tensor
-    choice_R: Tensor
     row_TW: Tensor
+    packed_RP: Tensor
     overflow: Tensor
 
 
-def lay_out(goes_TW: Tensor, bound_W: Tensor, rows: int) -> Rows:
+def lay_out(where: Where, weight_TK: Tensor, bound_W: Tensor, rows: int) -> Rows:
     """A row for each (token, rank), in token order, from where the rank's slots begin.
 
     Args:
-        goes_TW: bool.
-        bound_W: slots of each rank, one rank's behind the other's.
+        bound_W: integers, slots of each rank, one rank's behind the other's.
         rows: their sum, R.
     """
-    W = goes_TW.size(1)
-    start_W = bound_W.cumsum(0) - bound_W
-    position_TW = goes_TW.cumsum(0) - 1
-    fits_TW = goes_TW & (position_TW < bound_W)
-    row_TW = torch.where(fits_TW, start_W + position_TW, -1)
-    flat = torch.arange(row_TW.numel(), device=row_TW.device, dtype=torch.int32)
-    at = torch.where(fits_TW, row_TW, rows).flatten()  # what has no row goes behind the last one
-    choice_R = flat.new_full((rows + 1,), -1).scatter_(0, at, flat)[:rows]
-    src_R = torch.where(choice_R < 0, -1, choice_R // W)
-    return Rows(src_R, choice_R, row_TW.int(), (fits_TW != goes_TW).any())
+    if uses_triton("ranks", "auto", bound_W.device):
+        from moe_router_kernels import address
+
+        found = address.lay_out(*where, weight_TK, bound_W, rows)
+    else:
+        found = reference.lay_out(*where, weight_TK, bound_W, rows)
+    return Rows(where.rank_TK, *found)
 
 
-def plan_within(id_NK: Tensor, groups: int, rows: int) -> tuple[Plan, Tensor]:
-    """A Plan of at most `rows` rows, and whether that was too few (bool scalar)."""
+def plan_within(id_NK: Tensor, groups: int, rows: int) -> tuple[Plan, Tensor | None]:
+    """A Plan of at most `rows` rows, and whether that was too few: int32 scalar; None: never."""
     plan = plan_from_ids(id_NK, groups, rows=rows)
+    if rows >= id_NK.numel():
+        return plan, None
     row_NK = torch.where(plan.row_TK < rows, plan.row_TK, -1)
     offsets_G1 = plan.offsets_G1.clamp(max=rows)
-    return Plan(plan.src_R, plan.choice_R, offsets_G1, row_NK), plan.offsets_G1[-1] > rows
+    return Plan(plan.src_R, plan.choice_R, offsets_G1, row_NK), (plan.offsets_G1[-1] > rows).int()
 
 
 def slots_of_rank(tokens: int, placement: Placement, K: int, factor: float) -> list[int]:
@@ -146,5 +143,7 @@ def rows_of_experts(
 
 
 def pad(x_TD: Tensor, rows: int, value: float = 0.0) -> Tensor:
-    """(rows, D): `value` behind the tokens; those past `rows` are cut off."""
+    """(rows, D): `value` behind the tokens; those past `rows` are cut off. No copy if they fit."""
+    if rows == x_TD.size(0):
+        return x_TD
     return F.pad(x_TD[:rows], (0, 0, 0, max(rows - x_TD.size(0), 0)), value=value)

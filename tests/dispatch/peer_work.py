@@ -1,5 +1,6 @@
 """What each rank of a peer memory test runs; importable by the worker processes."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from moe_router.dispatch.exchange import Splits
 from moe_router.dispatch.inbox import SharedInbox
 from moe_router.dispatch.peer_memory import PeerMover
 from moe_router.dispatch.transports import round_trip
-from moe_router.dispatch.where import lay_out
+from moe_router.dispatch.where import Where, lay_out
 from moe_router.errors import PeerLostError
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
@@ -38,23 +39,25 @@ def trip(by, rank, seed):
 
 
 def fail_at(inbox, stage, leave):
-    """Have this rank go in its next exchange: before it puts, between two puts, or once it has
-    signalled."""
-    put, signalled, puts = inbox.put, inbox.signal, []
+    """Have this rank go in its next exchange: before it puts, when it has put half of its rows,
+    when it has put them all, or once the exchange is over."""
+    put, meet = inbox.put, inbox.meet
 
-    def fail_in_put(*args):
-        if len(puts) == (0 if stage == "before" else 1):
-            leave()
-        puts.append(put(*args))
-
-    def fail_in_signal():
-        signalled()
+    def fail_in_put(message, told):
+        if stage == "during":
+            few = [n // 2 for n in message.send]
+            put(dataclasses.replace(message, send=few), told)
         leave()
 
-    if stage == "after":
-        inbox.signal = fail_in_signal
-    else:
+    def fail_in_meet(told):
+        if stage == "after":
+            meet(told)
+        leave()
+
+    if stage in ("before", "during"):
         inbox.put = fail_in_put
+    else:
+        inbox.meet = fail_in_meet
 
 
 def faulty(rank, ranks, stage):
@@ -78,7 +81,7 @@ def faulty(rank, ranks, stage):
 
 
 def killed(rank, ranks, folder):
-    """Rank 1 is killed between two puts; what rank 0 says then, in a file: nobody asks it again."""
+    """Rank 1 is killed while it puts; what rank 0 says then, in a file: nobody asks it again."""
     by = PeerMemory(5, timeout_s=1.0)
     trip(by, rank, 0)
     if rank == 1:
@@ -92,8 +95,7 @@ def killed(rank, ranks, folder):
 def hurried(rank, ranks, turns, slow_rank):
     """Exchanges in which one rank dawdles at every step; how many brought what was sent."""
     send = [2, 3][:ranks]
-    goes_TW = torch.ones(3, ranks, dtype=torch.bool)
-    rows = lay_out(goes_TW, torch.tensor(send), sum(send))
+    rank_TK = torch.arange(ranks, dtype=torch.int32).expand(3, -1)  # every token goes everywhere
     splits = Splits(send, [send[rank]] * ranks, torch.tensor(send), 0)
     mover, told = PeerMover(rank, None, 20.0), torch.zeros((), dtype=torch.int32)
     ready, chance = mover._ready, random.Random(rank)
@@ -106,18 +108,25 @@ def hurried(rank, ranks, turns, slow_rank):
         return slowly
 
     inbox = ready(4096, torch.device("cpu"))
-    for name in ("put", "signal", "wait", "take"):
+    for name in ("put", "meet", "view"):
         setattr(inbox, name, dawdle(getattr(inbox, name)))
     good = 0
     for turn in range(turns):
         x_TD = torch.arange(12).view(3, 4) + 100 * turn + 10000 * rank
-        also = torch.full((sum(send), 1), rank * 1000 + turn)
-        x_ND, from_N1 = mover.out(x_TD, rows, [also], splits, told)
+        mark_TK = torch.full((3, ranks), float(rank * 1000 + turn))
+        rows = lay_out(Where(rank_TK, rank_TK), mark_TK, torch.tensor(send), sum(send))
+        keep = bool(turn % 2)
+        x_ND, bits_NK, id_NK, _ = mover.start_out(x_TD, rows, ranks, splits, told, keep)
         came = torch.cat([x_TD[: send[rank]] + 10000 * (s - rank) for s in range(ranks)])
-        sources = torch.arange(ranks).repeat_interleave(send[rank])[:, None] * 1000 + turn
-        good += torch.equal(x_ND, came) and torch.equal(from_N1, sources)
-        (home_RD,) = mover.home([x_ND], splits, told)
+        source_N = torch.arange(ranks).repeat_interleave(send[rank]) * 1000.0 + turn
+        mark_NK = bits_NK.view(torch.float32).clone()
+        good += torch.equal(x_ND, came) and torch.equal(mark_NK[:, rank], source_N)
+        good += torch.equal(id_NK[:, rank], torch.full_like(id_NK[:, rank], rank))
+        time.sleep(chance.choice([0, 0.002]))  # what is not kept is read where it lies
+        sent_ND = x_ND.clone()
+        home_RD, back_RK = mover.home([sent_ND, mark_NK], splits, told)
         good += torch.equal(home_RD, x_TD[rows.src_R.long()])
+        good += torch.equal(back_RK.view(torch.int32), rows.packed_RP[:, :ranks])
     return good
 
 
@@ -125,11 +134,12 @@ def grown(rank, ranks):
     """Inboxes of ever larger rows, then of the first size again."""
     mover, told = PeerMover(rank, None, 20.0), torch.zeros((), dtype=torch.int32)
     splits = Splits([1] * ranks, [1] * ranks, torch.ones(ranks), 0)
-    rows = lay_out(torch.ones(1, ranks, dtype=torch.bool), torch.ones(ranks).long(), ranks)
+    rank_TK = torch.arange(ranks, dtype=torch.int32)[None]
+    rows = lay_out(Where(rank_TK, rank_TK), torch.ones(1, ranks), torch.ones(ranks).long(), ranks)
     found = []
     for width in (4, 4000, 4):
         x_TD = torch.full((1, width), float(rank))
-        (x_ND,) = mover.out(x_TD, rows, [], splits, told)
+        x_ND = mover.out(x_TD, rows, splits, told)
         found.append((x_ND[:, -1].tolist(), mover._inbox.capacity))
     return found, [path.name for path in Path("/dev/shm").glob(f"moe_router_*_{rank}")]
 

@@ -14,7 +14,9 @@ from tests.dispatch import peer_work
 from tests.gloo import run_ranks
 
 
-@pytest.mark.parametrize("stage, exchange", [("before", 5), ("during", 5), ("after", 6)])
+@pytest.mark.parametrize(
+    "stage, exchange", [("before", 5), ("during", 5), ("put", 5), ("after", 6)]
+)
 def test_a_peer_that_goes_is_lost_in_time_and_the_group_is_formed_anew(stage, exchange):
     survivor, other = run_ranks(2, peer_work.faulty, stage)
     assert survivor[0] == other[0] == [True, True] and other[1] == "gone"
@@ -23,7 +25,7 @@ def test_a_peer_that_goes_is_lost_in_time_and_the_group_is_formed_anew(stage, ex
     )
     assert 0.4 <= survivor[2] < 10
     # the same processes, a new group, new inboxes
-    assert run_ranks(2, peer_work.hurried, 2, 0) == [4, 4]
+    assert run_ranks(2, peer_work.hurried, 2, 0) == [8, 8]
 
 
 @pytest.mark.slow
@@ -36,7 +38,7 @@ def test_a_peer_that_is_killed_while_it_puts_is_lost(tmp_path):
 
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_nobody_overwrites_what_a_slower_rank_still_needs(slow_rank):
-    assert run_ranks(2, peer_work.hurried, 20, slow_rank) == [40, 40]
+    assert run_ranks(2, peer_work.hurried, 20, slow_rank) == [80, 80]
 
 
 def test_inboxes_grow_and_leave_no_file():
@@ -51,12 +53,9 @@ def test_a_signal_too_early_or_too_late_is_not_mistaken(tmp_path):
         tmp_path, 4096, lambda rank, paths: SharedInbox(rank, paths, 4096, 0.05)
     )
     told = torch.zeros((), dtype=torch.int32)
-    first.signal()
     with pytest.raises(PeerLostError, match=r"^rank 0, exchange 1: no signal of rank 1 in 0\.05 s"):
-        first.wait(told)
-    second.signal()
-    first.wait(told)
-    second.wait(told)
-    first.signal()
+        first.meet(told)
+    second.meet(told)
+    first.meet(told)
     with pytest.raises(PeerLostError, match=r"exchange 2: no signal of rank 1"):
-        first.wait(told)  # that of exchange 1 does not count
+        first.meet(told)  # that of exchange 1 does not count

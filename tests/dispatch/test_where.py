@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_router.dispatch.where import (
     Tables,
-    goes_to,
+    Where,
     lay_out,
     pad,
     plan_within,
@@ -17,32 +17,43 @@ from moe_router.dispatch.where import (
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
 from moe_router.types import Choice
+from moe_router_kernels.reference_ranks import goes_to
 from tests.strategies import targets
+
+
+def laid_out(rank_TK, bound_W):
+    """Rows of choices whose slot is 10 times their rank, and whose weight is theirs alone."""
+    slot_TK = torch.where(rank_TK < 0, -1, 10 * rank_TK)
+    weight_TK = 1.0 + torch.arange(rank_TK.numel()).view(rank_TK.shape)
+    return lay_out(Where(rank_TK, slot_TK), weight_TK, bound_W, int(bound_W.sum())), weight_TK
 
 
 @settings(max_examples=15)
 @given(targets(max_tokens=9, max_groups=4), st.integers(0, 3))
 def test_rows_are_those_of_a_plan_with_room_behind_each_rank(routing, room):
-    rank_TK, W = routing
+    rank_TK, W = pad(routing[0], max(len(routing[0]), 1), -1), routing[1]
     goes_TW = goes_to(rank_TK, W)
     bound_W = goes_TW.sum(0) + room
-    rows = lay_out(goes_TW, bound_W, int(bound_W.sum()))
+    rows, weight_TK = laid_out(rank_TK, bound_W)
     plan = plan_from_ids(torch.where(goes_TW, torch.arange(W), -1).int(), W)
-    live = rows.choice_R >= 0
-    end = int(plan.offsets_G1[-1])
-    assert torch.equal(rows.choice_R[live], plan.choice_R[:end])
-    assert torch.equal(rows.src_R[live], plan.src_R[:end])
-    assert not (live ^ (rows.src_R >= 0)).any() and not rows.overflow
-    routed = rows.row_TW >= 0
-    assert torch.equal(routed, goes_TW)
-    back = rows.choice_R[rows.row_TW[routed].long()]
-    assert torch.equal(back.long(), routed.flatten().nonzero()[:, 0])
+    live = rows.src_R >= 0
+    assert torch.equal(rows.src_R[live], plan.src_R[: int(plan.offsets_G1[-1])])
+    assert torch.equal(rows.row_TW >= 0, goes_TW) and not rows.overflow
+    peer_R = torch.arange(W).repeat_interleave(bound_W)
+    for t, w in goes_TW.nonzero().tolist():
+        row = int(rows.row_TW[t, w])
+        assert int(rows.src_R[row]) == t and int(peer_R[row]) == w
+    K = rank_TK.size(1)
+    weight_RK, id_RK = rows.packed_RP[:, :K].contiguous().view(torch.float32), rows.packed_RP[:, K:]
+    here_RK = live[:, None] & (rank_TK[rows.src_R] == peer_R[:, None])
+    assert torch.equal(id_RK, torch.where(here_RK, 10 * peer_R[:, None], -1).int())
+    assert torch.equal(weight_RK, torch.where(here_RK, weight_TK[rows.src_R], 0.0))
 
 
 @pytest.mark.parametrize("bound, overflow", [((2, 2), False), ((1, 2), True), ((2, 0), True)])
 def test_who_finds_no_slot_is_dropped_and_told(bound, overflow):
-    goes_TW = goes_to(torch.tensor([[0, 1], [-1, 0], [1, 1]]), 2)
-    rows = lay_out(goes_TW, torch.tensor(bound), sum(bound))
+    rank_TK = torch.tensor([[0, 1], [-1, 0], [1, 1]], dtype=torch.int32)
+    rows, _ = laid_out(rank_TK, torch.tensor(bound))
     assert bool(rows.overflow) is overflow
     kept = [min(2, n) for n in bound]
     assert (rows.row_TW >= 0).sum(0).tolist() == kept
@@ -53,7 +64,7 @@ def test_who_finds_no_slot_is_dropped_and_told(bound, overflow):
 def test_a_plan_of_too_few_rows_loses_the_last_ones():
     id_NK = torch.tensor([[0, 1], [1, -1], [0, 2]], dtype=torch.int32)
     whole, fits = plan_within(id_NK, 3, 6)
-    assert not fits and whole.offsets_G1.tolist() == [0, 2, 4, 5]
+    assert fits is None and whole.offsets_G1.tolist() == [0, 2, 4, 5]
     cut, too_few = plan_within(id_NK, 3, 3)
     assert too_few and cut.offsets_G1.tolist() == [0, 2, 3, 3]
     assert cut.src_R.tolist() == [0, 2, 0]
