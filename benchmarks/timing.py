@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,12 @@ def capture(run: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+    return partial(_replay, graph, run)
+
+
+def _replay(graph: Any, reads: Run) -> None:
+    """A graph holds addresses alone: what it reads lives as long as the run it was made of."""
+    graph.replay()
 
 
 def interleave(runs: dict[str, Run], *, rounds: int, idle: bool = False) -> dict[str, Timing]:

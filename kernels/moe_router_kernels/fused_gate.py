@@ -365,12 +365,13 @@ def _padded(G: int) -> int:
 
 
 def block_of(T: int, G: int) -> tuple[int, int]:
-    """Tokens of a block, at most one for each bit of an int, and warps: few tokens while there are
-    too few blocks to fill a GPU, else sixteen logits a thread."""
+    """Tokens of a block, at most one for each bit of an int, and warps; measured on an H100."""
     pad = _padded(G)
-    if T <= 4096:
+    if T == 1:
+        return 1, 1
+    if T <= 4096:  # few tokens while there are too few blocks to fill a GPU
         return max(1, min(8, 2048 // pad)), 4
-    warps = 2 if pad <= 128 else 4
+    warps = 2 if pad <= 128 else 4  # sixteen logits a thread
     return max(1, min(32, 512 * warps // pad)), warps
 
 
