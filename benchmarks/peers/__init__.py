@@ -15,6 +15,7 @@ NAMES = (
     "grouped_mm",
     "transformers",
     "liger",
+    "vllm",  # last: imported, it has tuners made after it keep their results on disk
 )
 
 
