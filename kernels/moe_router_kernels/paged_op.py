@@ -72,11 +72,6 @@ def attend_pages(
     return reference_pages.attend(q_THC, pages_2NJSC, table_BM, row_T, seen_T)
 
 
-def covered(q_THC: Tensor, pages_2NJSC: Tensor) -> bool:
-    """Whether the Triton kernels take these shapes."""
-    return not _uncovered(q_THC, pages_2NJSC)
-
-
 def _uncovered(q_THC: Tensor, pages_2NJSC: Tensor) -> str:
     channels, slots = q_THC.size(2), pages_2NJSC.size(3)
     if channels not in CHANNELS or slots not in SLOTS:

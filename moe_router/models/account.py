@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_router.config import ModelConfig
-from moe_router.models.kv_cache import CachedLayer
+from moe_router.models.cached import CachedLayer
 from moe_router.routing import Ledger
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
 from moe_router.models.attend import attend_packed, received
-from moe_router.models.kv_cache import CachedLayer
+from moe_router.models.cached import CachedLayer
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn, rotate
 

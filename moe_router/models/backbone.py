@@ -15,7 +15,7 @@ from moe_router.layers.prune import Prune
 from moe_router.models.account import Account, flops_of_blocks
 from moe_router.models.block import Block, BlockOutput
 from moe_router.models.budget import Budget, ExpectedCost
-from moe_router.models.kv_cache import CachedLayer, KVCache
+from moe_router.models.cached import Cache, CachedLayer
 from moe_router.models.norm import RMSNorm
 from moe_router.models.packing import Packing
 from moe_router.models.passed import Passed, tell
@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         position_T: Tensor,
         offsets_B1: Tensor | Packing,
         context: Context,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Passed:
         """Embed the tokens and run the blocks; each computes the tokens that are routed to it."""
         packing = self.packing(offsets_B1, input_T.device)

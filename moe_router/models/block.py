@@ -14,7 +14,7 @@ from moe_router.layers.moe import MoE
 from moe_router.layers.skip import Skip
 from moe_router.layers.swiglu import SwiGLU
 from moe_router.models.attention import Attended, Attention
-from moe_router.models.kv_cache import CachedLayer
+from moe_router.models.cached import CachedLayer
 from moe_router.models.norm import RMSNorm
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn

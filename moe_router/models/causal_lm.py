@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
 from moe_router.models.backbone import Backbone, Running
-from moe_router.models.kv_cache import KVCache
+from moe_router.models.cached import Cache
 from moe_router.models.packing import Packing
 from moe_router.routing import Context
 from moe_router.routing.context import PLAIN
@@ -18,7 +18,7 @@ from moe_router.types import HaltState, Routed
 @dataclass(frozen=True, slots=True)
 class LMOutput:
     """Attributes:
-    logits_TV: fp32, of the token after each one.
+    logits_TV: fp32, of the token after each one, or each that was asked for.
     routed: what each block's experts did; None for a dense block.
     depth: the losses of each router in depth, unscaled; this rank's share.
     halted: how each token halted; None without halting.
@@ -55,10 +55,11 @@ class CausalLM(Backbone):
         position_T: Tensor,
         offsets_B1: Tensor | Packing,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         context: Context | None = None,
+        asked_R: Tensor | None = None,
     ) -> LMOutput:
-        """Logits for every token.
+        """Logits for every token, or for those asked for.
 
         Args:
             ids_T: (T,) integers, packed sequences.
@@ -67,9 +68,11 @@ class CausalLM(Backbone):
                 Packing of them, for a CUDA graph.
             cache: holds the earlier tokens of the B sequences; the new ones are appended.
             context: noise, ledger, observer of the routed layers.
+            asked_R: int64, the tokens whose logits are wanted; None: all.
         """
         passed = self.through_blocks(ids_T, position_T, offsets_B1, context or PLAIN, cache)
         x_TD = passed.stream.x_TD if passed.halted is None else passed.halted.output_TD
+        x_TD = x_TD if asked_R is None else x_TD[asked_R]
         return LMOutput(
             self._logits(x_TD), tuple(passed.routed), tuple(passed.depth), passed.halted
         )

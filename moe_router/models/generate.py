@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from moe_router.errors import ConfigError, NotCausalError
-from moe_router.models.causal_lm import CausalLM
+from moe_router.models.causal_lm import CausalLM, LMOutput
 from moe_router.models.kv_cache import KVCache
-from moe_router.models.sampling import Sampling, sample, sampling_noise
+from moe_router.models.sampling import Draws, Sampling, sample, sampling_noise
 from moe_router.routing import Context
 
 
@@ -62,8 +62,9 @@ def _decode(
     texts: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     logits_BV = _prefill(model, prompts, cache, context)
+    draws = Draws.of([sampling], device)
     for n in range(sampling.max_new_tokens):
-        token_B = sample(logits_BV, noise_BN[:, n], sampling)
+        token_B = sample(logits_BV, noise_BN[:, n], draws)
         going = []  # rows of the batch that go on
         for row, token in enumerate(token_B.tolist()):
             if token != stop_id:
@@ -92,8 +93,11 @@ def _prefill(
     ids_T = torch.tensor([i for prompt in prompts for i in prompt], device=device)
     position_T = torch.cat([torch.arange(len(p), dtype=torch.int32) for p in prompts]).to(device)
     offsets_B1 = torch.tensor(offsets, dtype=torch.int32)
-    logits_TV: Tensor = model(ids_T, position_T, offsets_B1, cache=cache, context=context).logits_TV
-    return logits_TV[offsets_B1[1:].long().to(device) - 1]
+    last_B = offsets_B1[1:].long().to(device) - 1
+    out: LMOutput = model(
+        ids_T, position_T, offsets_B1, cache=cache, context=context, asked_R=last_B
+    )
+    return out.logits_TV
 
 
 def require_causal(model: CausalLM) -> None:

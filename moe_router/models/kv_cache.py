@@ -4,7 +4,6 @@ from one pool. For inference: nothing here has a gradient.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,26 +18,6 @@ from moe_router.models.rope import Turn
 from moe_router_kernels import paged_op, reference_pages
 
 PAGE = 64  # slots: half of a page is wasted a sequence and layer, a table entry is read a page
-
-
-class CachedLayer(Protocol):
-    """What attention needs of the cache of one layer."""
-
-    def attend(
-        self, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, turn: Turn, packing: Packing
-    ) -> tuple[Tensor, Tensor]:
-        """Append tokens to their sequences; each attends to all of its sequence up to itself.
-
-        Args:
-            q_THC, k_TJC: not yet turned.
-
-        Returns:
-            What came to the queries, (T, H, C), and the turned keys.
-        """
-        ...
-
-    @property
-    def length_B(self) -> Tensor: ...
 
 
 class Pages:
@@ -120,7 +99,7 @@ class LayerCache:
     def attend(
         self, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, turn: Turn, packing: Packing
     ) -> tuple[Tensor, Tensor]:
-        """See `CachedLayer`.
+        """See `cached.CachedLayer`.
 
         Raises:
             ConfigError: `packing` has another number of sequences.
@@ -172,7 +151,11 @@ class LayerCache:
             self._new = True
 
     def settle(self, like_TJC: Tensor) -> None:
-        """Have storage for all of it, and the table on the device."""
+        """Have storage for all of it, and the table on the device.
+
+        Args:
+            like_TJC: any keys.
+        """
         self.pool.fit(like_TJC)
         device = like_TJC.device
         if self._new:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_router.config import require
+from moe_router.models.packing import upload
 from moe_router_kernels import reference
 
 
@@ -46,7 +47,39 @@ def sampling_noise(
     return torch.cat(rows).to(device)
 
 
-def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the sequences of a batch choose, on the device; one row serves a batch that is alike.
+
+    Attributes:
+        temperature_B1, top_p_B1: fp32.
+        top_k_B1: int64.
+        drawn: some sequence draws; else all take the likeliest token.
+        ranked: some sequence wants the likeliest tokens alone.
+    """
+
+    temperature_B1: Tensor
+    top_k_B1: Tensor
+    top_p_B1: Tensor
+    drawn: bool
+    ranked: bool
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], device: torch.device) -> "Draws":
+        # a sum of rounded probabilities may pass 1 before the last token
+        top_p = [one.top_p if one.top_p < 1 else 2.0 for one in samplings]
+        top_k = [one.top_k or 1 << 40 for one in samplings]
+        temperature = [one.temperature for one in samplings]
+        return cls(
+            upload(torch.tensor(temperature, dtype=torch.float32)[:, None], device),
+            upload(torch.tensor(top_k)[:, None], device),
+            upload(torch.tensor(top_p, dtype=torch.float32)[:, None], device),
+            any(one.temperature > 0 for one in samplings),
+            any(one.temperature > 0 and (one.top_k or one.top_p < 1) for one in samplings),
+        )
+
+
+def sample(logits_BV: Tensor, uniform_B: Tensor, draws: Draws) -> Tensor:
     """The next token of each sequence.
 
     Args:
@@ -56,11 +89,13 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         (B,) int64.
     """
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    probability_BV = (logits_BV / sampling.temperature).softmax(-1)
-    if sampling.top_k or sampling.top_p < 1:
-        probability_BV = probability_BV * _likely(probability_BV, sampling)
+    likeliest_B = logits_BV.argmax(-1)
+    if not draws.drawn:
+        return likeliest_B
+    heat_B1 = draws.temperature_B1
+    probability_BV = (logits_BV / torch.where(heat_B1 > 0, heat_B1, 1.0)).softmax(-1)
+    if draws.ranked:
+        probability_BV = probability_BV * _likely(probability_BV, draws)
     # invert the distribution in order of ids: rounding that swaps two near-equal probabilities
     # then changes nothing, as it would in order of rank
     reached_BV = probability_BV.cumsum(-1)
@@ -68,14 +103,14 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
     token_B = (reached_BV <= goal_B1).sum(-1)
     # u * total may round up to the total, past the last token that has a probability
     last_B = probability_BV.size(-1) - 1 - (probability_BV.flip(-1) > 0).int().argmax(-1)
-    return torch.minimum(token_B, last_B)
+    return torch.where(heat_B1[:, 0] > 0, torch.minimum(token_B, last_B), likeliest_B)
 
 
-def _likely(probability_BV: Tensor, sampling: Sampling) -> Tensor:
+def _likely(probability_BV: Tensor, draws: Draws) -> Tensor:
     """Bool (B, V): the tokens that top_k and top_p leave."""
     ranked_BV, id_BV = probability_BV.sort(stable=True, dim=-1, descending=True)
     # the token that reaches top_p is still taken, so at least one is
-    kept_BV = ranked_BV.cumsum(-1) - ranked_BV < sampling.top_p
-    if sampling.top_k:
-        kept_BV[:, sampling.top_k :] = False
+    kept_BV = ranked_BV.cumsum(-1) - ranked_BV < draws.top_p_B1
+    rank_V = torch.arange(kept_BV.size(1), device=kept_BV.device)
+    kept_BV &= rank_V < draws.top_k_B1
     return torch.zeros_like(kept_BV).scatter_(1, id_BV, kept_BV)

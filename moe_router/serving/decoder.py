@@ -1,10 +1,14 @@
-"""One rank's part of serving: sequences that join and leave one batch, one forward pass a step.
+"""One rank's part of serving: sequences that join and leave one batch.
 
-New prompts are read in the same pass in which the running sequences get their next token. It does
-not cut a long prompt into parts.
+New prompts are read in one pass with the next tokens of the running sequences. While none comes,
+fixed steps decode (`models/steps.py`): on a GPU each is launched before the tokens of the one
+before it are read, so that the host's work is hidden. What fixed steps do not cover, depth routing,
+several ranks, traces and log-probabilities, is a pass a token. It does not cut a long prompt into
+parts.
 """
 
-from collections import defaultdict
+import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,14 +16,16 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moe_router.models import CausalLM, KVCache, Sampling
+from moe_router.models import CausalLM, KVCache
 from moe_router.models.generate import require_causal
-from moe_router.models.sampling import sample, sampling_noise
-from moe_router.serving.requests import Event, Request, Score, Trace, Work
+from moe_router.models.sampling import Draws, sample, sampling_noise
+from moe_router.models.steps import Ids, Steps, obstacle
+from moe_router.serving.requests import Event, Finish, Request, Score, Trace, Work
 from moe_router.serving.scoring import score, score_prompt
 from moe_router.serving.tracing import Tracer
 
 _HOST = torch.device("cpu")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -31,6 +37,7 @@ class _Row:
         feed: tokens that the next pass reads.
         held: tokens in the cache.
         made: tokens of the answer so far.
+        done: its last event was given, or nobody waits for it.
     """
 
     request: Request
@@ -38,6 +45,7 @@ class _Row:
     feed: list[int]
     held: int
     made: int
+    done: bool = False
 
     @classmethod
     def of(cls, request: Request) -> "_Row":
@@ -45,86 +53,136 @@ class _Row:
         made = len(request.made)
         return cls(request, noise_N, [*request.prompt, *request.made], 0, made)
 
+    @property
+    def plain(self) -> bool:
+        """Whether its prompt is read, and it wants its next token and nothing else."""
+        asked = self.request
+        watched = asked.trace or asked.logprobs is not None or asked.reads_only
+        return self.held > 0 and len(self.feed) == 1 and not watched
+
 
 class Decoder:
     """Args:
     model: every rank's has the same weights but for its experts; it is put into eval mode.
     stop_id: ends a sequence; no part of its text.
+    ahead: steps that are launched before the tokens of one are read; None: 1 on a GPU, else 0.
 
     Raises:
         NotCausalError: a layer's routing looks at later tokens.
     """
 
-    def __init__(self, model: CausalLM, stop_id: int | None) -> None:
+    def __init__(self, model: CausalLM, stop_id: int | None, *, ahead: int | None = None) -> None:
         require_causal(model)
         self._model, self._stop_id = model.eval(), stop_id
         self._device = model.embed.weight.device
         self._rows: list[_Row] = []
         self._cache = KVCache(model.config.steps, 0)
+        why = obstacle(model)
+        if why:
+            _log.info("every token is a pass of its own: %s", why)
+        self._steps = None if why else Steps(model, self._cache)
+        self._ahead = int(self._device.type == "cuda") if ahead is None else ahead
+        self._flying: deque[Ids] = deque()
 
     @torch.no_grad()
     def step(self, work: Work) -> list[Event]:
         """One forward pass, also without any sequence: other ranks may need this one's experts.
 
         Returns:
-            An event for every sequence, which is forgotten once its event has a `finish`.
+            What is known by now of every sequence, which is forgotten once its event has a
+            `finish`.
         """
-        if work.drop:
-            gone = set(work.drop)
-            self._keep([i for i, row in enumerate(self._rows) if row.request.id not in gone])
+        for row in self._rows:
+            row.done = row.done or row.request.id in work.drop
+        steps, events = self._steps, []
+        live = sum(not row.done for row in self._rows)
+        if (
+            steps is not None
+            and steps.bucket
+            and (work.admit or steps.left == 0 or 2 * live <= steps.bucket)
+        ):
+            events = self._end_steps(steps)
+        if steps is None or not steps.bucket:
+            self._keep([i for i, row in enumerate(self._rows) if not row.done])
         if work.admit:
             self._rows += [_Row.of(request) for request in work.admit]
             self._cache.join(len(work.admit))
+        if steps is None or not self._rows or not all(row.plain for row in self._rows):
+            return events + self._pass()
+        return events + self._fixed(steps)
+
+    def _fixed(self, steps: Steps) -> list[Event]:
+        """Launch a step, and tell of the one that is due."""
+        rows = self._rows
+        if not steps.bucket:
+            ways = [row.request.sampling for row in rows]
+            steps.begin([row.feed[0] for row in rows], ways, [r.noise_N[r.made :] for r in rows])
+        flying = len(self._flying)
+        if any(not r.done and r.made + flying < r.request.sampling.max_new_tokens for r in rows):
+            self._flying.append(steps.launch())
+            if flying < self._ahead:
+                return []
+        events = self._land()
+        if all(row.done for row in rows):
+            self._end_steps(steps)
+        return events
+
+    def _land(self) -> list[Event]:
+        """The tokens of the step that was launched first. What ran on is not told of."""
+        events = []
+        for row, token in zip(self._rows, self._flying.popleft().tolist(), strict=True):
+            if not row.done:
+                events.append(self._advance(row, token, None, ()))
+        return events
+
+    def _end_steps(self, steps: Steps) -> list[Event]:
+        events = []
+        while self._flying:
+            events += self._land()
+        steps.end([row.held for row in self._rows])
+        self._keep([i for i, row in enumerate(self._rows) if not row.done])
+        return events
+
+    def _pass(self) -> list[Event]:
+        """Prompts and single tokens in one forward pass."""
         bounds = [0, *accumulate(len(row.feed) for row in self._rows)]
         watched = any(row.request.trace for row in self._rows)
         tracer = Tracer(self._model.config.steps) if watched else None
-        logits_TV = self._forward(bounds, tracer)
+        scored = any(row.request.logprobs is not None for row in self._rows)
         last_B = torch.tensor(bounds[1:], dtype=torch.int64).to(self._device) - 1
-        logits_BV = logits_TV[last_B]
-        token_B = self._choose(logits_BV)
+        logits_TV = self._forward(bounds, tracer, None if scored else last_B)
+        token_B = self._choose(logits_TV[last_B] if scored else logits_TV)
         traces = [None] * len(self._rows) if tracer is None else tracer.traces(bounds)
         events = []
         for i, (row, token) in enumerate(zip(self._rows, token_B, strict=True)):
             scores = self._scores(row, token, logits_TV[bounds[i] : bounds[i + 1]])
-            events.append(
-                self._advance(row, token, traces[i] if row.request.trace else None, scores)
-            )
-        going = [i for i, event in enumerate(events) if not event.finish]
-        if len(going) < len(events):
-            self._keep(going)
+            trace = traces[i] if row.request.trace else None
+            events.append(self._advance(row, token, trace, scores))
+        self._keep([i for i, row in enumerate(self._rows) if not row.done])
         return events
 
-    def _forward(self, bounds: list[int], tracer: Tracer | None) -> Tensor:
-        """(T, V) fp32 logits after each token that the sequences were fed."""
+    def _forward(self, bounds: list[int], tracer: Tracer | None, asked_R: Tensor | None) -> Tensor:
+        """fp32 logits after each token that the sequences were fed, or those asked for."""
         offsets_B1 = torch.tensor(bounds, dtype=torch.int32)
         ids = [token for row in self._rows for token in row.feed]
         position = [row.held + n for row in self._rows for n in range(len(row.feed))]
-        logits_TV: Tensor = self._model(
+        logits: Tensor = self._model(
             torch.tensor(ids, dtype=torch.int64).to(self._device),
             torch.tensor(position, dtype=torch.int32).to(self._device),
             offsets_B1,
             cache=self._cache,
             context=None if tracer is None else tracer.context,
+            asked_R=asked_R,
         ).logits_TV
-        return logits_TV
+        return logits
 
     def _choose(self, logits_BV: Tensor) -> list[int]:
         """The next token of each sequence, each by its own sampling."""
-        alike: dict[tuple[float, int, float], list[int]] = defaultdict(list)
-        for i, row in enumerate(self._rows):
-            asked = row.request.sampling
-            alike[asked.temperature, asked.top_k, asked.top_p].append(i)
-        token_B = [0] * len(self._rows)
-        for rows in alike.values():
-            chosen = self._sample(logits_BV, rows, self._rows[rows[0]].request.sampling)
-            for i, token in zip(rows, chosen, strict=True):
-                token_B[i] = token
-        return token_B
-
-    def _sample(self, logits_BV: Tensor, rows: Sequence[int], sampling: Sampling) -> list[int]:
-        uniform_B = torch.stack([self._rows[i].noise_N[self._rows[i].made] for i in rows])
-        row_B = torch.tensor(rows, device=self._device)
-        tokens: list[int] = sample(logits_BV[row_B], uniform_B.to(self._device), sampling).tolist()
+        if not self._rows:
+            return []
+        draws = Draws.of([row.request.sampling for row in self._rows], self._device)
+        uniform_B = torch.stack([row.noise_N[row.made] for row in self._rows])
+        tokens: list[int] = sample(logits_BV, uniform_B.to(self._device), draws).tolist()
         return tokens
 
     def _scores(self, row: _Row, token: int, logits_TV: Tensor) -> tuple[Score, ...]:
@@ -143,14 +201,20 @@ class Decoder:
     ) -> Event:
         row.held += len(row.feed)
         row.feed = [token]
+        told: int | None = token
+        finish: Finish = ""
         if row.request.reads_only:
-            return Event(row.request.id, None, "length", trace, scores)
-        if token == self._stop_id:
-            return Event(row.request.id, None, "stop", trace, scores)
-        row.made += 1
-        full = row.made == row.request.sampling.max_new_tokens
-        return Event(row.request.id, token, "length" if full else "", trace, scores)
+            told, finish = None, "length"
+        elif token == self._stop_id:
+            told, finish = None, "stop"
+        else:
+            row.made += 1
+            finish = "length" if row.made == row.request.sampling.max_new_tokens else ""
+        row.done = bool(finish)
+        return Event(row.request.id, told, finish, trace, scores)
 
-    def _keep(self, going: list[int]) -> None:
+    def _keep(self, going: Sequence[int]) -> None:
+        if len(going) == len(self._rows):
+            return
         self._rows = [self._rows[i] for i in going]
         self._cache.keep(torch.tensor(going, dtype=torch.int64, device=self._device))

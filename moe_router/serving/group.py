@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from moe_router.errors import ClusterError, PeerLostError
@@ -29,15 +30,18 @@ class Group(Protocol):
 
 
 class OneRank:
-    """A group of one, in this process. Its passes run in a thread."""
+    """A group of one, in this process. Its passes run in one thread: CUDA's libraries set up each
+    thread anew."""
 
     ranks = 1
 
     def __init__(self, model: CausalLM, stop_id: int | None) -> None:
         self._decoder = Decoder(model, stop_id)
+        self._thread = ThreadPoolExecutor(1, "decoder")
 
     async def step(self, work: Sequence[Work]) -> list[list[Event]]:
-        return [await asyncio.to_thread(self._decoder.step, work[0])]
+        loop = asyncio.get_running_loop()
+        return [await loop.run_in_executor(self._thread, self._decoder.step, work[0])]
 
     async def ping(self) -> None:
         """It is here."""

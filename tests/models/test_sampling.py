@@ -3,7 +3,7 @@ import torch
 
 from moe_router.errors import ConfigError
 from moe_router.models import Sampling
-from moe_router.models.sampling import sample, sampling_noise
+from moe_router.models.sampling import Draws, sample, sampling_noise
 
 PROBABILITY = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
 CPU = torch.device("cpu")
@@ -13,7 +13,8 @@ def shares(**settings):
     """How often each token is drawn over evenly spread noise."""
     uniform_B = (torch.arange(1000) + 0.5) / 1000
     logits_BV = PROBABILITY.log().expand(1000, -1)
-    token_B = sample(logits_BV, uniform_B, Sampling(**{"temperature": 1.0} | settings))
+    draws = Draws.of([Sampling(**{"temperature": 1.0} | settings)], CPU)
+    token_B = sample(logits_BV, uniform_B, draws)
     return token_B.bincount(minlength=5) / 1000
 
 
@@ -39,9 +40,22 @@ def test_a_temperature_sharpens_and_0_is_greedy():
     check(shares(temperature=0.0), 0, 1, 0, 0, 0)
 
 
+def test_sequences_of_a_batch_choose_each_in_its_own_way():
+    ways = [{}, {"top_k": 2}, {"temperature": 0.0}, {"top_p": 0.75}, {"temperature": 0.5}]
+    samplings = [Sampling(**{"temperature": 1.0} | way) for way in ways]
+    uniform_B = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    logits_BV = PROBABILITY.log().expand(50, -1)
+    alone = [sample(logits_BV, uniform_B, Draws.of([one], CPU)) for one in samplings]
+    for u, *wanted in zip(uniform_B, *alone, strict=True):
+        got = sample(logits_BV[:5], u.expand(5), Draws.of(samplings, CPU))
+        assert got.tolist() == [int(token) for token in wanted]
+
+
 def test_the_greatest_noise_takes_a_token_that_has_a_probability():
     logits_BV = torch.tensor([[0.0, 0.0, -torch.inf]])
-    token_B = sample(logits_BV, torch.tensor([1 - 2.0**-24]), Sampling(temperature=1.0))
+    token_B = sample(
+        logits_BV, torch.tensor([1 - 2.0**-24]), Draws.of([Sampling(temperature=1)], CPU)
+    )
     assert token_B.tolist() == [1]
 
 

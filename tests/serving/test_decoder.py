@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_router.config import RoutingConfig
 from moe_router.errors import NotCausalError
-from moe_router.models import Sampling, generate
+from moe_router.models import generate, steps
 from moe_router.serving.decoder import Decoder
 from moe_router.serving.requests import Event, Work
 from tests.gloo import run_ranks
@@ -22,13 +22,46 @@ def wanted(model, requests=REQUESTS, stop_id=TOKENIZER.document_id):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 12), min_size=5, max_size=5))
-def test_a_text_does_not_depend_on_when_its_neighbours_come(arrivals):
+@given(st.lists(st.integers(0, 12), min_size=5, max_size=5), st.integers(0, 2))
+def test_a_text_does_not_depend_on_when_its_neighbours_come(arrivals, ahead):
     model = byte_model()
     admitted = {}
     for arrival, one in zip(arrivals, REQUESTS, strict=True):
         admitted.setdefault(arrival, []).append(one)
-    assert drive(Decoder(model, TOKENIZER.document_id), admitted, 40) == wanted(model)
+    decoder = Decoder(model, TOKENIZER.document_id, ahead=ahead)
+    assert drive(decoder, admitted, 60) == wanted(model)
+    assert decoder._cache.pool.used == 0
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_texts_outlast_a_stretch_of_steps_and_outgrow_its_tables(ahead, monkeypatch):
+    monkeypatch.setattr(steps, "STRETCH", 3)
+    monkeypatch.setattr(steps, "_ROWS", 2)
+    monkeypatch.setattr(steps, "_COLUMNS", 1)
+    model = byte_model()
+    long = [request(i, text, max_new_tokens=70 + i, seed=i) for i, text in enumerate("abcde")]
+    decoder = Decoder(model, None, ahead=ahead)
+    assert drive(decoder, {0: long[:1], 9: long[1:]}, 140) == wanted(model, long, None)
+
+
+def test_a_step_ahead_is_told_of_one_call_later():
+    model = byte_model()
+    one = request(0, "ab", max_new_tokens=4)
+    (text,) = wanted(model, [one], None).values()
+    decoder = Decoder(model, None, ahead=1)
+    calls = [decoder.step(Work((one,) if n == 0 else ())) for n in range(6)]
+    told = [[event.token for event in events] for events in calls]
+    assert told == [[text[0]], [], [text[1]], [text[2]], [text[3]], []]
+
+
+def test_steps_shrink_with_the_batch():
+    model, sizes = byte_model(), []
+    decoder = Decoder(model, None)
+    requests = [request(i, "ab", max_new_tokens=3 + 4 * (i == 0), seed=i) for i in range(5)]
+    for n in range(8):
+        decoder.step(Work(tuple(requests) if n == 0 else ()))
+        sizes.append(decoder._steps.bucket)
+    assert sizes == [0, 8, 8, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("routing", [None, HALT, SKIP], ids=["plain", "halt", "skip"])
@@ -95,12 +128,30 @@ def test_a_model_that_looks_ahead_is_refused():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_request_gets_the_text_of_generate():
-    model = byte_model().to("cuda")
-    torch.use_deterministic_algorithms(False)
-    greedy = [request(i, text, temperature=0.0) for i, text in enumerate(["ab", "c", "defgh"])]
-    made = drive(Decoder(model, None), {0: greedy[:1], 2: greedy[1:]}, 20)
-    assert made == wanted(model, greedy, None)
-    assert all(
-        len(tokens) == Sampling(max_new_tokens=12).max_new_tokens for tokens in made.values()
-    )
+def test_on_a_gpu_steps_are_graphs_and_a_request_gets_the_text_of_generate():
+    model = byte_model(dim=64, kernels="triton", hidden=16).to("cuda")
+    requests = [
+        request(i, text, temperature=i % 3 / 2, seed=i, max_new_tokens=20)
+        for i, text in enumerate(["ab", "c", "defgh", "i" * 70, "jk"])
+    ]
+    decoder = Decoder(model, None)
+    made = drive(decoder, {0: requests[:1], 5: requests[1:]}, 60)
+    assert made == wanted(model, requests, None)
+    assert decoder._steps.uncaptured == ""
+    assert {bucket for bucket, _, _ in decoder._steps._graphs} == {1, 8}
+
+
+@pytest.mark.gpu
+def test_a_captured_step_waits_for_nothing():
+    model = byte_model(dim=64, hidden=16).to("cuda", torch.bfloat16)
+    decoder = Decoder(model, None)
+    one = request(0, "abc", max_new_tokens=50)
+    drive(decoder, {0: [one]}, 5)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            decoder._steps.launch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert decoder._steps.uncaptured == ""

@@ -12,11 +12,11 @@ from moe_router.training.data import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 
 
-def byte_model(std=8.0, routing=None, **moe):
+def byte_model(std=8.0, routing=None, dim=16, kernels="auto", **moe):
     """As initialised by one seed, for any number of ranks; attention and router matter."""
     config = ModelConfig(
         layers=3,
-        dim=16,
+        dim=dim,
         heads=4,
         kv_heads=2,
         hidden=24,
@@ -24,7 +24,8 @@ def byte_model(std=8.0, routing=None, **moe):
         routing=routing,
     )
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    model = CausalLM(config, TOKENIZER.vocab, dispatcher=AllToAll() if ranks > 1 else Local())
+    dispatcher = AllToAll() if ranks > 1 else Local()
+    model = CausalLM(config, TOKENIZER.vocab, dispatcher=dispatcher, kernels=kernels)
     init_parameters(model, seed=3)
     for parameter in model.parameters():
         if parameter.dim() > 1:
