@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_router.dispatch import PeerMemory
 from moe_router.dispatch.exchange import exchange
 from moe_router.dispatch.gather_scatter import all_gather, reduce_scatter
 from moe_router.dispatch.transports import ALL, make_transport, round_trip
@@ -78,7 +79,7 @@ class Ours:
 
     def __init__(self, name: str, case: Case) -> None:
         self.case = case
-        self.by = make_transport(name, case.most, 2.0)
+        self.by = make_transport(name, case.most, 2.0, timeout_s=20)
         self.plan = plan_from_ids(case.choice.target_TK, case.placement.experts)
 
     def dispatch(self) -> Any:
@@ -95,6 +96,11 @@ class Ours:
     def combine(self, y_ND: Tensor, received: Any) -> Tensor:
         return self.by.combine(y_ND, received)
 
+    @property
+    def inbox_bytes(self) -> int:
+        """Memory outside of the caching allocator."""
+        return self.by.inbox_bytes if isinstance(self.by, PeerMemory) else 0
+
     def obstacle(self) -> str:
         """Empty if a round trip is exact, bit by bit."""
         case = self.case
@@ -109,6 +115,8 @@ class Ours:
 
 class Plain:
     """Torch alone: a row per (token, expert), host splits, weighed at home."""
+
+    inbox_bytes = 0
 
     def __init__(self, case: Case) -> None:
         self.case, self.W = case, case.placement.ranks
@@ -156,8 +164,10 @@ class Plain:
 class Bare:
     """The two collectives alone, without any work of routing: a floor, not a contender."""
 
+    inbox_bytes = 0
+
     def __init__(self, case: Case) -> None:
-        self.W = case.placement.ranks
+        self.case, self.W = case, case.placement.ranks
         self.x_TD = case.x_TD.new_ones(case.most, case.x_TD.size(1))
 
     def dispatch(self) -> Any:

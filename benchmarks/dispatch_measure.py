@@ -1,8 +1,13 @@
 """What each rank of the dispatch benchmark runs: check, then time all contenders in turn."""
 
+import faulthandler
+import json
+import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,51 +15,144 @@ import torch.distributed as dist
 
 from benchmarks import timing
 from benchmarks.dispatch_contenders import MAKERS, Contender, draw
-from moe_router import MoE, MoEConfig
-from moe_router.dispatch import Bounded
-from moe_router.dispatch.base import Dispatcher
-from moe_router.dispatch.link import Problem, choose, measure
-from moe_router.dispatch.transports import ALL, make_transport
+from moe_router.dispatch.link import Link, Problem, choose, measure
 
 ROUNDS, SAMPLES = 5, 20  # samples of a contender in each of the interleaved rounds
 GRAPH_TOKENS = 256  # up to so many, launches cost more than bytes: measured as CUDA graphs
+JOB_S = 100  # a job that takes longer hangs: its ranks end, and say where they were
+PROGRESS = "progress"
 Run = Callable[[], Any]
+Shape = tuple[int, int, int, int]
 
 
-def measure_shape(
-    device: torch.device, shape: tuple[int, int, int, int], routings: list[str], samples: int
-) -> dict[str, Any]:
-    """By routing, then by contender: microseconds of the slowest rank, or why there are none."""
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A shape T, D, K, E with a routing; without one, a layer T, D, F, E, K."""
+
+    name: str
+    shape: tuple[int, ...]
+    routing: str | None
+
+
+class Ranks:
+    """What the ranks of a benchmark agree on, over gloo: nothing of it touches a GPU.
+
+    Args:
+        folder: rank 0 writes there who is at work, and what was measured.
+        excluded: contenders that are not to take part, and why.
+    """
+
+    def __init__(self, folder: str, excluded: dict[str, str]) -> None:
+        self._folder, self._excluded, self._job = Path(folder), excluded, ""
+
+    def begin(self, job: str) -> None:
+        self._job = job
+        self.at_work("")
+
+    def at_work(self, contender: str) -> None:
+        if dist.get_rank() == 0:
+            self._write(PROGRESS, {"job": self._job, "contender": contender})
+
+    def say(self, found: object) -> None:
+        if dist.get_rank() == 0:
+            self._write(f"{self._job}.json", found)
+
+    def attempt(self, contender: str, run: Callable[[], Any]) -> tuple[Any, str]:
+        """What run returns, and "", or None and why there is nothing: the same on all ranks."""
+        if contender in self._excluded:
+            return None, self._excluded[contender]
+        self.at_work(contender)
+        found, reason = None, ""
+        try:
+            found = run()
+        except Exception as problem:  # whatever a contender raises is its line in the table
+            lines = str(problem).strip().splitlines() or [""]
+            reason = f"{type(problem).__name__}: {lines[0][:200]}"
+        failed = torch.tensor(int(bool(reason)))
+        dist.all_reduce(failed)
+        if failed and not reason:
+            reason = "failed on another rank"
+        return (None if reason else found), reason
+
+    def time_is_up(self, end: float) -> bool:
+        over = torch.tensor(int(time.monotonic() > end))
+        dist.broadcast(over, 0)
+        return bool(over)
+
+    def _write(self, name: str, found: object) -> None:
+        partial = self._folder / f"{name}.tmp"
+        partial.write_text(json.dumps(found))
+        os.replace(partial, self._folder / name)
+
+
+def measure_jobs(
+    device: torch.device,
+    jobs: list[Job],
+    excluded: dict[str, str],
+    samples: int,
+    folder: str,
+    seconds: float,
+) -> None:
+    """Measure each job, and write what was found to folder/NAME.json."""
+    from benchmarks.dispatch_layer import measure_layer
+
+    end = time.monotonic() + seconds
+    ranks = Ranks(folder, excluded)
+    link, copied = None, 0.0
+    for job in jobs:
+        if ranks.time_is_up(end):
+            break
+        ranks.begin(job.name)
+        _watch(device)
+        if not copied:
+            link = measure(device) if device.type == "cuda" else None
+            copied = copy_rate(device)
+        if job.routing is None:
+            ranks.say(measure_layer(device, job.shape, samples, ranks, link))
+        else:
+            found = _measure_case(device, job.shape, job.routing, samples, ranks)  # type: ignore[arg-type]
+            chosen = chosen_by(link, job.shape)  # type: ignore[arg-type]
+            ranks.say(found | {"chosen": chosen, "copy_bytes_per_s": copied})
+    ranks.begin("")
+    _watch(device)  # the end of a process group may hang too
+
+
+def _watch(device: torch.device) -> None:
+    """What hangs on a GPU hangs for ever: end this rank in time, and say where it was."""
+    if device.type == "cuda":
+        faulthandler.dump_traceback_later(JOB_S, exit=True)
+
+
+def chosen_by(link: Link | None, shape: Shape) -> str:
+    """What the chooser takes; without a link, on CPUs, nothing has to be measured."""
     T, D, K, E = shape
-    itemsize = 2 if device.type == "cuda" else 4
-    problem = Problem(T, K, E, dist.get_world_size(), D, itemsize)
-    chosen = choose(measure(device), problem) if device.type == "cuda" else "all_to_all"
-    same = {"chosen": chosen, "copy_bytes_per_s": copy_rate(device)}
-    return {routing: _measure_case(device, shape, routing, samples) | same for routing in routings}
+    return choose(link, Problem(T, K, E, link.ranks, D, 2)) if link else "all_to_all"
 
 
 def _measure_case(
-    device: torch.device, shape: tuple[int, int, int, int], routing: str, samples: int
+    device: torch.device, shape: Shape, routing: str, samples: int, ranks: Ranks
 ) -> dict[str, Any]:
+    """By contender: microseconds of the slowest rank, or why there are none."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     case = draw(routing, shape, dtype, device)
     found: dict[str, Any] = {}
     runs: dict[tuple[str, str], Run] = {}
     with torch.no_grad():
         for name, make in MAKERS.items():
-            contender = make(case)
-            reason = contender.obstacle()
-            found[name] = {"correct": not reason, "reason": reason, "dispatch": [], "combine": []}
-            if not reason:
-                found[name] |= _costs(contender, device)
-                static = name not in ("all_to_all", "plain all-to-all")
-                graph = device.type == "cuda" and static and shape[0] <= GRAPH_TOKENS
-                out, back = _runs(contender, graph)
-                found[name]["graph"] = graph
-                runs |= {(name, "dispatch"): out, (name, "combine"): back}
+
+            def prepare(name: str = name, make: Callable[..., Contender] = make) -> Any:
+                return _prepare(name, make(case), device)
+
+            ready, reason = ranks.attempt(name, prepare)
+            wrong, about, ways = ready or (reason, {}, {})
+            found[name] = {"correct": not wrong, "reason": wrong, "dispatch": [], "combine": []}
+            found[name] |= about
+            runs |= {(name, way): run for way, run in ways.items()}
         for _ in range(ROUNDS):
             for (name, way), run in runs.items():
+                ranks.at_work(name)
                 found[name][way] += slowest(run, device, samples)
+    ranks.at_work("")
     sent = (case.visits_T.sum() - _at_home(case)).double()
     most = sent.clone()
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -62,6 +160,20 @@ def _measure_case(
         "contenders": found,
         "remote_bytes": int(most) * case.x_TD.size(1) * case.x_TD.element_size(),
     }
+
+
+def _prepare(
+    name: str, contender: Contender, device: torch.device
+) -> tuple[str, dict[str, Any], dict[str, Run]]:
+    """What is wrong with a contender's rows, what a dispatch of it costs, and what to time."""
+    reason = contender.obstacle()
+    if reason:
+        return reason, {}, {}
+    static = name not in ("all_to_all", "plain all-to-all")
+    graph = device.type == "cuda" and static and contender.case.most <= GRAPH_TOKENS
+    about = _costs(contender, device) | {"graph": graph}
+    out, back = _runs(contender, graph)
+    return "", about, {"dispatch": out, "combine": back}
 
 
 def _at_home(case: Any) -> torch.Tensor:
@@ -92,10 +204,8 @@ def _costs(contender: Contender, device: torch.device) -> dict[str, Any]:
         contender.dispatch()
         torch.cuda.set_sync_debug_mode("default")
     syncs = sum("synchroniz" in str(w.message) for w in caught)
-    return {
-        "buffer_bytes": torch.cuda.max_memory_allocated(device) - before,
-        "host_syncs": syncs,
-    }
+    held = torch.cuda.max_memory_allocated(device) - before
+    return {"buffer_bytes": held + contender.inbox_bytes, "host_syncs": syncs}
 
 
 def slowest(run: Run, device: torch.device, times: int) -> list[float]:
@@ -135,36 +245,3 @@ def copy_rate(device: torch.device, nbytes: int = 64 << 20) -> float:
     target = source.to(other)
     took = sorted(slowest(lambda: target.copy_(source), device, 10))
     return source.nbytes / took[len(took) // 2] * 1e6
-
-
-def measure_layer(
-    device: torch.device, shape: tuple[int, int, int, int, int], samples: int = SAMPLES
-) -> dict[str, Any]:
-    """A MoE layer forward and backward, sharded over the ranks and alone: medians by name, us.
-
-    Args:
-        shape: tokens of a rank, D, F, E, K.
-    """
-    T, D, F, E, K = shape
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = MoEConfig(experts=E, top_k=K, hidden=F, balance_loss=0.01)
-    problem = Problem(T, K, E, dist.get_world_size(), D, torch.finfo(dtype).bits // 8)
-    chosen = choose(measure(device), problem) if device.type == "cuda" else "all_to_all"
-    x_TD = torch.randn(T, D, device=device, dtype=dtype, requires_grad=True)
-
-    def step(dispatcher: Dispatcher | None) -> Run:
-        moe = MoE(D, config, dispatcher=dispatcher).to(device, dtype)
-
-        def run() -> None:
-            routed = moe(x_TD)
-            (routed.delta_TD.sum() + moe.aux_loss(routed.choice)).backward()
-
-        return run
-
-    exact = make_transport("all_to_all", T, 2.0)
-    took = {"alone": slowest(step(None), device, samples)}
-    for name in ALL:
-        by = Bounded(make_transport(name, T, 2.0), exact)  # type: ignore[arg-type]
-        took[name] = slowest(step(by), device, samples)
-    medians = {name: sorted(of)[len(of) // 2] for name, of in took.items()}
-    return {"chosen": chosen, "medians": medians}

@@ -31,7 +31,8 @@ def capture(run: Run) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # NCCL's watchdog may ask for its events meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return partial(_replay, graph, run)
 

@@ -33,7 +33,7 @@ class PeerMover:
 
     def __init__(self, rank: int, group: Group, timeout_s: float) -> None:
         self._rank, self._group, self._timeout_s = rank, group, timeout_s
-        self._inbox: Inbox | None = None
+        self.inbox: Inbox | None = None
 
     def start_out(
         self, x_TD: Tensor, rows: Rows, bits: int, splits: Splits, told: Tensor, keep: bool
@@ -89,14 +89,14 @@ class PeerMover:
 
     def _ready(self, nbytes: int, device: torch.device) -> Inbox:
         """An inbox of at least so many bytes. It grows on all ranks at once, for all know sizes."""
-        if self._inbox is None or self._inbox.capacity < nbytes:
+        if self.inbox is None or self.inbox.capacity < nbytes:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 dist.barrier(group=self._group)  # nobody writes into the old one any more
-                self._inbox = SymmetricInbox(nbytes, self._timeout_s, self._group)
+                self.inbox = SymmetricInbox(nbytes, self._timeout_s, self._group)
             else:
-                self._inbox = SharedInbox.form(nbytes, self._timeout_s, self._group)
-        return self._inbox
+                self.inbox = SharedInbox.form(nbytes, self._timeout_s, self._group)
+        return self.inbox
 
 
 class PeerMemory(Padded):
@@ -109,4 +109,10 @@ class PeerMemory(Padded):
         self, tokens: int, factor: float = 2.0, group: Group = None, *, timeout_s: float = 60.0
     ) -> None:
         super().__init__(tokens, factor, group)
-        self._mover = PeerMover(self.rank, group, timeout_s)
+        self._mover: PeerMover = PeerMover(self.rank, group, timeout_s)
+
+    @property
+    def inbox_bytes(self) -> int:
+        """What the peers write into, of this rank's memory."""
+        inbox = self._mover.inbox
+        return 0 if inbox is None else inbox.capacity

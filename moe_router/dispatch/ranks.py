@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import spawn
 
+_GRACE_S = 5.0  # between a failure and the end of the other ranks
+
 
 def local_device(ranks: int) -> str:
     """cuda where each rank has a GPU, else cpu."""
@@ -19,24 +21,38 @@ def local_device(ranks: int) -> str:
     return "cuda" if gpus >= ranks else "cpu"
 
 
-def run_here(ranks: int, kind: str, function: Callable[..., Any], *args: object) -> Any:
+def run_here(
+    ranks: int,
+    kind: str,
+    function: Callable[..., Any],
+    *args: object,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Any:
     """`function(device, *args)` on every rank of a fresh default process group.
 
     Args:
         kind: cpu or cuda.
         function: of a module, so that another process finds it.
+        meanwhile: called about every second while they run; what it raises ends them.
 
     Returns:
         What it returned on rank 0, as JSON has it.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank failed; the others are ended.
+        torch.multiprocessing.ProcessException: a rank failed; the others are ended.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         given = (ranks, store.port, kind, str(answer), function, args)
-        spawn(_rank, given, nprocs=ranks)  # type: ignore[no-untyped-call]
+        context = spawn(_rank, given, nprocs=ranks, join=False)  # type: ignore[no-untyped-call]
+        try:
+            while not context.join(1.0, _GRACE_S):
+                meanwhile()
+        finally:
+            for process in context.processes:
+                process.kill()  # nothing, where it has ended
+                process.join()
         return json.loads(answer.read_text())
 
 

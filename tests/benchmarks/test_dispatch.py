@@ -2,9 +2,12 @@
 are there already. `moe-router doctor --links` is tested with ranks of its own."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 from benchmarks import dispatch, dispatch_measure, results
 from tests.gloo import run_ranks
@@ -16,13 +19,13 @@ KINDS = ("uniform", "hot_rank", "ragged", "empty_rank")
 ONLY = ",".join(["dispatch/24x16/top2of8", "*/hot_rank", "*/ragged", "dispatch/*/empty_rank"])
 
 
-def measured(rank, ranks, name, args):
-    return getattr(dispatch_measure, name)(torch.device("cpu"), *args)
+def measured(rank, ranks, args):
+    dispatch_measure.measure_jobs(torch.device("cpu"), *args)
 
 
-def run_here(ranks, kind, function, *args):
-    assert kind == "cpu"
-    return run_ranks(ranks, measured, function.__name__, args)[0]
+def run_here(ranks, kind, function, *args, meanwhile):
+    assert kind == "cpu" and function is dispatch_measure.measure_jobs
+    run_ranks(ranks, measured, args)
 
 
 @pytest.fixture
@@ -47,7 +50,9 @@ def test_routings_have_rows_that_were_checked(saved):
     assert set(rows) == {*names, *back}
     for name, row in rows.items():
         assert row["correct"] and row["value"] == row["p50"] <= row["p99"], name
-        assert row["transport"] == "all_to_all" and row["bytes_over_minimum"] == 1.0
+        p50 = {n: row["transports"][n]["p50"] for n in NAMES if row["transports"][n]["p50"]}
+        assert row["transport"] == min(p50, key=p50.get) and row["chooser"] == "all_to_all"
+        assert row["bytes_over_minimum"] >= 1.0
         assert set(row["transports"]) == {*NAMES, "plain all-to-all", row_of_the_floor(row)}
         assert row["ratio"] == pytest.approx(row["peer_value"] / row["value"], abs=1e-3)
         # 24 tokens of 64 bytes; no rank sends another one more
@@ -62,8 +67,9 @@ def row_of_the_floor(row):
 
 def test_weak_scaling_is_the_speed_of_one_rank_over_that_of_two(saved):
     (row,) = saved("--layer", "32,16,8,4,2", "--only", "layer/*").values()
+    assert row["reasons"] == {} and row["transport"] in NAMES
     assert set(row["us"]) == {"alone", *NAMES} and row["shape"] == [32, 16, 8, 4, 2]
-    assert row["value"] == pytest.approx(row["us"]["alone"] / row["us"]["all_to_all"], abs=2e-3)
+    assert row["value"] == pytest.approx(row["us"]["alone"] / row["us"][row["transport"]], abs=2e-3)
 
 
 def test_a_wrong_or_lost_row_has_no_time():
@@ -76,7 +82,60 @@ def test_a_wrong_or_lost_row_has_no_time():
     assert row["transport"] == "all_to_all" and (row["p50"], row["p99"]) == (2.0, 3.0)
     assert row["transports"]["padded"] == {"p50": None, "p99": None, "reason": "does not fit"}
     assert row["ceiling"] == 1.0 and row["remote_gb_s"] == 0.5 and row["of_copy"] == 0.5
-    nothing = said | {"contenders": contenders | {"all_to_all": lost}}
+    nothing = said | {"contenders": dict.fromkeys(NAMES, lost)}
     row, _ = dispatch.case_rows((8, 4, 2, 4), "zipf", nothing, 2)
     assert row["value"] is None and row["ratio"] is None and not row["correct"]
     assert dispatch_measure.ROUNDS >= 5
+
+
+def test_a_contender_that_fails_does_not_lose_the_others(saved, monkeypatch, capsys):
+    """The first start dies while padded is at work, the second while nobody is."""
+    starts = []
+
+    def dies(ranks, kind, function, jobs, excluded, samples, folder, seconds, meanwhile):
+        starts.append(([job.name for job in jobs], dict(excluded)))
+        if len(starts) < 3:
+            at = {"job": jobs[0].name, "contender": "" if excluded else "padded"}
+            (Path(folder) / dispatch_measure.PROGRESS).write_text(json.dumps(at))
+            raise ProcessExitedException("Traceback\nboom: 7", 0, 1, 1)
+        run_here(ranks, kind, function, jobs, excluded, samples, folder, 60, meanwhile=meanwhile)
+
+    monkeypatch.setattr(dispatch, "run_here", dies)
+    only = "dispatch/24x16/top2of8/zipf,*/ragged"
+    rows = saved("--shape", "24,16,2,8", "--only", only)
+    jobs = ["24x16.zipf", "24x16.ragged"]
+    padded = {"padded": "in 24x16.zipf: boom: 7"}
+    assert starts == [(jobs, {}), (jobs, padded), (jobs[1:], padded)]
+    zipf, ragged = rows["dispatch/24x16/top2of8/zipf"], rows["dispatch/24x16/top2of8/ragged"]
+    assert (zipf["value"], zipf["reason"]) == (None, "boom: 7") and not zipf["correct"]
+    assert ragged["correct"] and ragged["transports"]["padded"]["reason"] == padded["padded"]
+    assert "padded in 24x16.zipf: boom: 7" in capsys.readouterr().out
+
+
+def raises(rank, ranks, folder):
+    """One rank fails; both hear of it and go on."""
+    both = dispatch_measure.Ranks(folder, {"left out": "it hung"})
+    both.begin("job")
+
+    def work():
+        if rank == 1:
+            raise ValueError("no room\nfor more")
+        return 3
+
+    said = [both.attempt("one", work), both.attempt("left out", work)]
+    return [*said, both.attempt("other", lambda: 4), both.time_is_up(time.monotonic() + rank - 1)]
+
+
+def test_ranks_agree_on_who_failed(tmp_path):
+    first, second = run_ranks(2, raises, str(tmp_path))
+    assert first[0] == (None, "failed on another rank")
+    assert second[0] == (None, "ValueError: no room")
+    assert first[1:] == second[1:] == [(None, "it hung"), (4, ""), True]  # by the clock of rank 0
+    at = json.loads((tmp_path / dispatch_measure.PROGRESS).read_text())
+    assert at == {"job": "job", "contender": "other"}
+
+
+def test_time_that_is_over_begins_nothing(saved, capsys):
+    with pytest.raises(FileNotFoundError):
+        saved("--shape", "24,16,2,8", "--only", "*/zipf", "--seconds", "0")
+    assert capsys.readouterr().out == "24x16.zipf: no time left\n"

@@ -69,7 +69,7 @@ def faulty(rank, ranks, stage):
         raise Gone
 
     if rank == 1:
-        fail_at(by._mover._inbox, stage, leave)
+        fail_at(by._mover.inbox, stage, leave)
     began = time.monotonic()
     try:
         trip(by, rank, 2)
@@ -85,7 +85,7 @@ def killed(rank, ranks, folder):
     by = PeerMemory(5, timeout_s=1.0)
     trip(by, rank, 0)
     if rank == 1:
-        fail_at(by._mover._inbox, "during", lambda: os.kill(os.getpid(), signal.SIGKILL))
+        fail_at(by._mover.inbox, "during", lambda: os.kill(os.getpid(), signal.SIGKILL))
     try:
         trip(by, rank, 1)
     except PeerLostError as error:
@@ -140,7 +140,7 @@ def grown(rank, ranks):
     for width in (4, 4000, 4):
         x_TD = torch.full((1, width), float(rank))
         x_ND = mover.out(x_TD, rows, splits, told)
-        found.append((x_ND[:, -1].tolist(), mover._inbox.capacity))
+        found.append((x_ND[:, -1].tolist(), mover.inbox.capacity))
     return found, [path.name for path in Path("/dev/shm").glob(f"moe_router_*_{rank}")]
 
 

@@ -54,7 +54,7 @@ def captured(rank, ranks, name):
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out_TD = run()
         x_TD.neg_()
         graph.replay()
