@@ -79,7 +79,7 @@ def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: list[Tensor]) -> T
     sequence_T = reference.sequence_of(offsets_B1, T)
     all_T = torch.ones(T, dtype=torch.bool)
     merges = bool(ran) and model.routing is not None and model.routing.kind == "merge"
-    D, width = model.dim, model.dim // model.heads * model.kv_heads
+    D, width, kv_width = (model.dim, *(model.channels * n for n in (model.heads, model.kv_heads)))
     flops_T = torch.zeros(T, dtype=torch.int64)
     before_T = all_T
     for layer in range(model.layers):
@@ -88,7 +88,7 @@ def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: list[Tensor]) -> T
         attended_T = before_T if merges else fed_T
         seen_B = torch.zeros(offsets_B1.numel() - 1, dtype=torch.int64)
         seen_B.scatter_add_(0, sequence_T, attended_T.long())
-        attention_T = 2 * (2 * D * D + 2 * D * width) + 4 * D * seen_B[sequence_T]
+        attention_T = 2 * (2 * D * width + 2 * D * kv_width) + 4 * width * seen_B[sequence_T]
         flops_T += attended_T * attention_T + fed_T * (6 * D * model.hidden)
         before_T = fed_T
     return flops_T

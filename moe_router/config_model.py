@@ -82,6 +82,7 @@ class ModelConfig:
     dim: int
     heads: int
     kv_heads: int
+    head_dim: int | None = None  # channels of a head; null: dim / heads
     hidden: int  # width of a dense SwiGLU
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -92,15 +93,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("layers", "loops", "dim", "heads", "kv_heads", "hidden"):
             require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
-        require(
-            self.dim % self.heads == 0 and self.dim // self.heads % 2 == 0,
-            "model.dim",
-            self.dim,
-            f"an even multiple of {self.heads} (model.heads)",
-        )
-        if self.kind == "vit":
-            want = f"a multiple of {4 * self.heads}: heads turn by row and by column"
-            require(self.dim % (4 * self.heads) == 0, "model.dim", self.dim, want)
+        step = 4 if self.kind == "vit" else 2
+        if self.head_dim is None:
+            want = f"an even multiple of {self.heads} (model.heads)"
+            if step == 4:
+                want = f"a multiple of {4 * self.heads}: heads turn by row and by column"
+            require(self.dim % (step * self.heads) == 0, "model.dim", self.dim, want)
+        else:
+            fits = self.head_dim > 0 and self.head_dim % step == 0
+            require(fits, "model.head_dim", self.head_dim, f"a multiple of {step}, or null")
         require(
             self.heads % self.kv_heads == 0,
             "model.kv_heads",
@@ -109,6 +110,11 @@ class ModelConfig:
         )
 
         self._check_routing()
+
+    @property
+    def channels(self) -> int:
+        """Of a head."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
 
     def _check_routing(self) -> None:
         routing, moe = self.routing, self.moe

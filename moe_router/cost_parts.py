@@ -116,7 +116,7 @@ def _match(layer: str, config: Config, routing: RoutingConfig, share: float) -> 
     """Each second token of a sequence beside each other one; a control has a score of its own."""
     model = config.model
     assert routing.router != "attention"  # the config refuses it
-    channels, seen, weights = model.dim // model.heads, share * config.data.seq_len, 0
+    channels, seen, weights = model.channels, share * config.data.seq_len, 0
     if routing.frozen or routing.router == "position":
         weights, _ = _score(routing.router, model.dim, channels, routing.router_hidden)
     flops = share * (channels * seen / 2 + 2 * weights)
@@ -150,10 +150,10 @@ def _attention(layer: str, model: ModelConfig, seq_len: int) -> Part:
     """A causal token looks at (seq_len + 1) / 2 tokens on average, an encoder's at all seq_len;
     fewer where documents end."""
     D, causal = model.dim, model.kind == "causal_lm"
-    width = D // model.heads * model.kv_heads
-    weights = 2 * D * D + 2 * D * width
+    width, kv_width = model.channels * model.heads, model.channels * model.kv_heads
+    weights = 2 * D * width + 2 * D * kv_width
     seen_twice = seq_len + 1 if causal else 2 * seq_len
-    flops = 2 * weights + 2 * D * seen_twice  # scores and sums: 2 * 2 * D for each one seen
+    flops = 2 * weights + 2 * width * seen_twice  # scores and sums: 2 * 2 * width for each one seen
     return Part(layer, "attention", weights, weights, flops, flops)
 
 

@@ -45,6 +45,8 @@ def test_refuses_impossible_routing(change, message):
     [
         ({"dim": 34}, "model.dim=34: want an even multiple of 4 (model.heads)"),
         ({"dim": 12}, "model.dim=12: want an even multiple of 4 (model.heads)"),
+        ({"head_dim": 5}, "model.head_dim=5: want a multiple of 2, or null"),
+        ({"head_dim": 6, "kind": "vit"}, "model.head_dim=6: want a multiple of 4, or null"),
         ({"kv_heads": 3}, "model.kv_heads=3: want a divisor of 4 (model.heads)"),
         ({"layers": 0}, "model.layers=0: want at least 1"),
         ({"loops": 0}, "model.loops=0: want at least 1"),

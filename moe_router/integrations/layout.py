@@ -71,7 +71,7 @@ def to_hf(config: ModelConfig, vocab: int, end: int | None) -> dict[str, Any]:
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.dim // config.heads,
+        "head_dim": config.channels,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
@@ -103,6 +103,7 @@ def from_hf(folder: Path) -> tuple[ModelConfig, int]:
     known = kind in ("llama", "mixtral")
     require(known, f"{path}: model_type", kind, "llama or mixtral: their blocks are ours")
     heads = found["num_attention_heads"]
+    own = found.get("head_dim") or found["hidden_size"] // heads
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     for key, value, wanted in (
         ("hidden_act", found.get("hidden_act", "silu"), "silu"),
@@ -110,8 +111,6 @@ def from_hf(folder: Path) -> tuple[ModelConfig, int]:
         ("mlp_bias", bool(found.get("mlp_bias")), False),
         ("sliding_window", found.get("sliding_window"), None),
         ("rope_type", rope.get("rope_type", "default"), "default"),
-        ("head_dim", found.get("head_dim") or found["hidden_size"] // heads,
-         found["hidden_size"] // heads),
     ):  # fmt: skip
         require(value == wanted, f"{path}: {key}", value, f"{wanted}: ours has no other")
     moe = None
@@ -126,6 +125,7 @@ def from_hf(folder: Path) -> tuple[ModelConfig, int]:
         dim=found["hidden_size"],
         heads=heads,
         kv_heads=found.get("num_key_value_heads", heads),
+        head_dim=None if own == found["hidden_size"] // heads else own,
         hidden=found["intermediate_size"],
         rope_theta=float(rope.get("rope_theta") or found.get("rope_theta", 10000.0)),
         norm_eps=found["rms_norm_eps"],

@@ -86,9 +86,9 @@ def flops_of_blocks(config: ModelConfig, lengths: Sequence[int], *, causal: bool
 
 
 def _attention(config: ModelConfig, tokens: int, pairs: Tensor | int) -> Any:
-    kv_width = config.dim // config.heads * config.kv_heads
-    project = 2 * (2 * config.dim * config.dim + 2 * config.dim * kv_width)
-    return tokens * project + 4 * config.dim * pairs
+    width, kv_width = (config.channels * n for n in (config.heads, config.kv_heads))
+    project = 2 * (2 * config.dim * width + 2 * config.dim * kv_width)
+    return tokens * project + 4 * width * pairs
 
 
 def _pairs(lengths: Sequence[int], causal: bool) -> int:

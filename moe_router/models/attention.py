@@ -27,17 +27,17 @@ class Attention(nn.Module):
     """Source: Ainslie et al. 2023, arXiv:2305.13245.
 
     Args:
-        config: dim, heads, kv_heads.
+        config: dim, heads, kv_heads, head_dim.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.channels = config.dim // config.heads
-        kv_dim = self.channels * config.kv_heads
-        self.q = nn.Linear(config.dim, config.dim, bias=False)
+        self.channels = config.channels
+        width, kv_dim = (self.channels * n for n in (config.heads, config.kv_heads))
+        self.q = nn.Linear(config.dim, width, bias=False)
         self.k = nn.Linear(config.dim, kv_dim, bias=False)
         self.v = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o = nn.Linear(config.dim, config.dim, bias=False)
+        self.o = nn.Linear(width, config.dim, bias=False)
 
     def forward(
         self,

@@ -163,7 +163,7 @@ class Backbone(nn.Module):
 
     def turn(self, position_T: Tensor) -> Turn:
         """By what queries and keys at these positions turn."""
-        return turn_at(position_T, self.config.dim // self.config.heads, self.config.rope_theta)
+        return turn_at(position_T, self.config.channels, self.config.rope_theta)
 
     def _run(
         self, step: int, passed: Passed, context: Context, cache: CachedLayer | None

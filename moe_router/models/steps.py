@@ -40,7 +40,7 @@ def obstacle(model: CausalLM) -> str:
         return "experts are on several ranks"
     if not model.embed.weight.is_cuda:
         return ""
-    channels = model.config.dim // model.config.heads
+    channels = model.config.channels
     if channels not in paged_op.CHANNELS:
         return f"heads of {channels} channels wait for the host"
     for moe in model.moes:

@@ -69,5 +69,5 @@ class ImageClassifier(Classifier):
 
     def turn(self, position_T: Tensor) -> Turn:
         """position_T counts patches row by row."""
-        channels = self.config.dim // self.config.heads
+        channels = self.config.channels
         return turn_in_grid(position_T, self.image.grid, channels, self.config.rope_theta)

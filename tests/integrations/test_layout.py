@@ -28,10 +28,12 @@ def read(folder, config, vocab=VOCAB):
     return model
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "model", [{"tie_embeddings": True}, {"tie_embeddings": False}, {"head_dim": 6}]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_reads_what_we_write_with_equal_logits(kind, tied, tmp_path):
-    ours = written(tmp_path / "out", KINDS[kind], tie_embeddings=tied).eval()
+def test_transformers_reads_what_we_write_with_equal_logits(kind, model, tmp_path):
+    ours = written(tmp_path / "out", KINDS[kind], **model).eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert theirs.config.model_type == kind
     ids_T, position_T, offsets_B1 = packed([12])
@@ -39,6 +41,7 @@ def test_transformers_reads_what_we_write_with_equal_logits(kind, tied, tmp_path
         wanted = theirs(ids_T[None]).logits[0]
         got = ours(ids_T, position_T, offsets_B1).logits_TV
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert layout.from_hf(tmp_path / "out")[0].head_dim == ours.config.head_dim
 
 
 @pytest.mark.parametrize("sharded", [False, True])
