@@ -7,6 +7,7 @@ Ids are int32 and -1 means none. Ties go to the lower id; all sorts are stable.
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
@@ -91,6 +92,12 @@ def select_top_c(score_TG: Tensor, offsets_S1: Tensor, count_S: Tensor) -> Tenso
     rank_T = torch.arange(T, device=segment_T.device) - offsets_S1.long()[segment_T]
     taken_T1 = (rank_T < count_S[segment_T])[:, None]
     return torch.zeros_like(order_TG, dtype=torch.bool).scatter_(0, order_TG, taken_T1.expand(T, G))
+
+
+def linear_of_kept(x_TK: Tensor, weight_NK: Tensor, kept_T: Tensor) -> Tensor:
+    """(T, N): a linear layer where `kept_T`, 0 elsewhere, whatever stands there in x."""
+    x_TK = x_TK.masked_fill(~kept_T[:, None], 0)
+    return F.linear(x_TK, weight_NK)
 
 
 def choice_weights(score_TG: Tensor, target_TK: Tensor, renormalise: bool) -> Tensor:

@@ -12,6 +12,7 @@ budget asks for decides how many leap, and the loss of the task who.
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from moe_router.config import RoutingConfig
@@ -51,6 +52,11 @@ class Leap(Shifted):
             context.ledger.add("router", flops_of(self, p_T.numel()), 0)
         # the memory of a recomputed block holds decisions alone, no gradient
         return Choice(kept.target_T1, gate_T1), replace(kept, expected=p_T.sum())
+
+    def decide(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """In evaluation: (T,) bool, who is computed; (T,) by how much it counts."""
+        p_T = self._keeps(tokens)
+        return p_T > self.config.cut, torch.ones_like(p_T)
 
     def _keeps(self, tokens: Tokens) -> Tensor:
         """(T,) probability that a token is computed; 1 for the protected."""

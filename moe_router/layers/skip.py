@@ -47,12 +47,9 @@ class Skip(Shifted):
         Returns:
             Choice of one group, the token's sequence, and the rows of the kept tokens.
         """
-        x_TD, position_T = tokens.x_TD, tokens.position_T
+        x_TD = tokens.x_TD
         recomputing = context.recomputing
-        logit_T = self.router(x_TD, position_T)
-        ahead_T = logit_T
-        if self.predictor is not None:
-            ahead_T = self.predictor(x_TD.detach(), position_T)
+        logit_T, ahead_T = self._logits(tokens)
 
         def keep() -> Kept:
             if self.training:
@@ -69,6 +66,18 @@ class Skip(Shifted):
         if context.ledger is not None and not recomputing:
             context.ledger.add("router", flops_of(self, len(x_TD)), 0)
         return Choice(kept.target_T1, weight_T1, losses), kept
+
+    def decide(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """In evaluation: (T,) bool, who is computed; (T,) by how much it counts."""
+        logit_T, ahead_T = self._logits(tokens)
+        return ahead_T + self.lean > 0, logit_T.sigmoid()
+
+    def _logits(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """(T,) of the router, and of the predictor."""
+        logit_T = self.router(tokens.x_TD, tokens.position_T)
+        if self.predictor is None:
+            return logit_T, logit_T
+        return logit_T, self.predictor(tokens.x_TD.detach(), tokens.position_T)
 
 
 def _surprise(logit_T: Tensor, target_T1: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moe_router.config import ModelConfig
+from moe_router.layers.swiglu import linear_of_kept
 from moe_router.models.attend import attend_packed, received
 from moe_router.models.cached import CachedLayer
 from moe_router.models.packing import Packing
@@ -52,7 +53,10 @@ class Attention(nn.Module):
         """(T, D) to (T, D). With a cache, the tokens are appended to it and attend to all of it;
         without one a token of size s is seen as s equal ones."""
         q_THC, k_TJC, v_TJC = (
-            project(x_TD).unflatten(-1, (-1, self.channels)) for project in (self.q, self.k, self.v)
+            linear_of_kept(project, x_TD, packing.kept_T).view(
+                x_TD.size(0), project.out_features // self.channels, self.channels
+            )
+            for project in (self.q, self.k, self.v)
         )
         if cache is None:
             q_THC, k_TJC = (rotate(x, turn).to(v_TJC.dtype) for x in (q_THC, k_TJC))
@@ -60,4 +64,5 @@ class Attention(nn.Module):
         else:
             y_THC, k_TJC = cache.attend(q_THC, k_TJC, v_TJC, turn, packing)
         received_T = received(q_THC, k_TJC, packing, size_T) if count_received else None
-        return Attended(self.o(y_THC.flatten(1)), k_TJC, received_T)
+        out_TD = linear_of_kept(self.o, y_THC.flatten(1), packing.kept_T)
+        return Attended(out_TD, k_TJC, received_T)

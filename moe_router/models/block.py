@@ -120,6 +120,8 @@ class Block(nn.Module):
             delta_TD, routed = self._feed(x_TD, stream, context)
             return BlockOutput(x_TD + delta_TD, routed, received_T=attended.received_T)
         asked = Tokens(x_TD if asked_TD is None else asked_TD, position_T, packing.offsets_B1)
+        if packing.fixed:
+            return self._in_place(stream, *chooser.decide(asked), cache)
         choice, kept = chooser.choose(asked, packing.lengths, context)
         rows = stream.take(kept)
         attention_RD = self._attend(rows, cache).out_TD
@@ -127,6 +129,18 @@ class Block(nn.Module):
         delta_RD, routed = self._feed(rows.x_TD + attention_RD, rows, inside)
         delta_TD = scatter(attention_RD + delta_RD, choice, kept)
         return BlockOutput(x_TD + delta_TD, routed, choice, kept)
+
+    def _in_place(
+        self, stream: Stream, kept_T: Tensor, weight_T: Tensor, cache: CachedLayer | None
+    ) -> BlockOutput:
+        """Every token stays where it is, and layers do nothing for those that are not kept: how
+        many they are is never asked. See `Packing.fixed`."""
+        assert self.mlp is not None
+        stream = replace(stream, packing=stream.packing.only(kept_T))
+        attention_TD = self._attend(stream, cache).out_TD
+        mlp_TD = self.mlp(self.mlp_norm(stream.x_TD + attention_TD), kept_T)
+        delta_TD = weight_T[:, None] * (attention_TD + mlp_TD)
+        return BlockOutput(stream.x_TD + delta_TD.to(stream.x_TD.dtype), None)
 
     def _merging(self, merge: Merge, stream: Stream, context: Context) -> BlockOutput:
         """Attention for every token, feed-forward for what they merge into."""

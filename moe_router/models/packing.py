@@ -6,6 +6,7 @@ model's batch come out as they went in, whatever documents lie in them.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
@@ -43,6 +44,11 @@ class Packing:
             is read once.
         device: of the tokens.
         lengths: of the sequences, where the host knows them already: then nothing is read.
+
+    Attributes:
+        fixed: nothing may depend on how many tokens a router keeps, for the pass is a CUDA graph;
+            one token a sequence, which keeps its place whether a block computes it or not.
+        kept_T: bool, on the device: which tokens a block of such a pass computes; None: all.
         causal: whether a token attends to the earlier ones alone, or to its whole sequence.
     """
 
@@ -53,8 +59,10 @@ class Packing:
         *,
         lengths: Sequence[int] | None = None,
         causal: bool = True,
+        fixed: bool = False,
     ) -> None:
-        self.causal = causal
+        self.causal, self.fixed = causal, fixed
+        self.kept_T: Tensor | None = None
         if lengths is None:
             lengths = [b - a for a, b in pairwise(offsets_B1.tolist())]
         self.lengths = list(lengths)
@@ -63,6 +71,12 @@ class Packing:
         self.sequences = len(self.lengths)
         self.device = device
         self.offsets_B1 = offsets_B1.to(device, torch.int32, non_blocking=True)
+
+    def only(self, kept_T: Tensor) -> "Packing":
+        """The same of a block that computes these tokens alone, in their places."""
+        other = copy(self)
+        other.kept_T = kept_T
+        return other
 
     @cached_property
     def pieces(self) -> list[Piece]:

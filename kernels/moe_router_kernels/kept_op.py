@@ -1,0 +1,35 @@
+"""A linear layer of kept tokens: Triton for few of them on a GPU, else its specification. Without
+gradients."""
+
+from torch import Tensor
+
+from moe_router_kernels import reference
+from moe_router_kernels.choose import uses_triton
+
+MOST = 256  # tokens: beyond, those that are kept are gathered, as in training
+
+
+def linear_of_kept(
+    x_TK: Tensor, weight_NK: Tensor, kept_T: Tensor, kernels: str = "auto"
+) -> Tensor:
+    """A linear layer without bias that does nothing for the tokens that are not kept.
+
+    Args:
+        x_TK: (T, K), weight's dtype.
+        weight_NK: (N, K), contiguous.
+        kept_T: (T,) bool, on the device; the host never reads it.
+        kernels: see `choose.uses_triton`.
+
+    Returns:
+        (T, N); 0 for the others.
+    """
+    uncovered = ""
+    if x_TK.dtype.itemsize == 8:
+        uncovered = "fp64"
+    elif x_TK.size(0) > MOST:
+        uncovered = f"more than {MOST} tokens"
+    if uses_triton("linear of kept tokens", kernels, x_TK.device, uncovered):
+        from moe_router_kernels import kept_rows
+
+        return kept_rows.linear_of_kept(x_TK.contiguous(), weight_NK, kept_T)
+    return reference.linear_of_kept(x_TK, weight_NK, kept_T)

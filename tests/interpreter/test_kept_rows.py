@@ -1,0 +1,45 @@
+"""A linear layer of kept tokens by Triton against the reference, on a GPU or interpreted."""
+
+import os
+
+import pytest
+import torch
+
+from moe_router_kernels import kept_op, reference
+from tests.interpreter.poison import poisoned
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("moe_router_kernels.kept_rows")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Triton's interpreter computes bf16 wrong
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", ["none", "all", "some", "last"])
+@pytest.mark.parametrize("tokens, inputs, outputs", [(1, 40, 24), (7, 300, 50), (37, 64, 16)])
+def test_kept_tokens_and_nobody_else(tokens, inputs, outputs, keep, dtype):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, inputs, generator=generator).to(DEVICE, dtype)
+    weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(DEVICE, dtype)
+    kept = {
+        "none": torch.zeros(tokens, dtype=torch.bool),
+        "all": torch.ones(tokens, dtype=torch.bool),
+        "some": torch.arange(tokens) % 3 == 0,
+        "last": torch.arange(tokens) == tokens - 1,
+    }[keep].to(DEVICE)
+    x = x.masked_fill(~kept[:, None], torch.nan)  # nobody reads it
+    with poisoned():
+        got = kept_op.linear_of_kept(x, weight, kept, "triton")
+    wanted = reference.linear_of_kept(x.double(), weight.double(), kept).to(dtype)
+    torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert bool((got[~kept] == 0).all())
+
+
+def test_no_tokens():
+    x, weight = torch.zeros(0, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
+    kept = torch.zeros(0, dtype=torch.bool, device=DEVICE)
+    assert kept_op.linear_of_kept(x, weight, kept, "triton").shape == (0, 4)
