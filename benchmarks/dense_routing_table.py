@@ -111,19 +111,36 @@ def sources(rows: list[Row]) -> list[str]:
     ] + [""]
 
 
-def page(rows: list[Row], notes: str) -> str:
+def skip_speed(rows: list[Row]) -> list[str]:
+    """The section of benchmarks.skip_speed."""
+    if not rows:
+        return []
+    lines = ["## Speed, memory and energy of skipping, random weights", ""]
+    lines += ["| row | ms (p90) | x, of the dense row above | executed | peak MiB | J / 1,000 |"]
+    lines += ["|---" * 6 + "|"]
+    for row in rows:
+        cells = (row["name"], f"{row['value']} ({row['p90']})", row["ratio"], row["executed"])
+        more = (row.get("peak_mib"), row["joules_per_1000"])
+        lines.append(f"| {' | '.join('-' if x is None else str(x) for x in cells + more)} |")
+    return [*lines, "", *sources(rows)]
+
+
+def page(rows: list[Row], notes: str, speed: list[Row]) -> str:
     """The whole page.
 
     Args:
+        speed: rows of benchmarks.skip_speed.
         notes: what stands after `## What it says` on the page there is; people write it.
     """
     lines = [INTRO]
     for name in TASKS:
         lines += table(name, rows)
+    lines += skip_speed(speed)
     lines += [
         "## Again",
         "",
         "    python -m benchmarks.dense_routing --fashion DIR --sst2 DIR --seeds 0,1,2 --save",
+        "    python -m benchmarks.skip_speed --save    # a GPU, under two minutes",
         "    python -m benchmarks.dense_routing_table",
         "",
     ]
@@ -131,8 +148,9 @@ def page(rows: list[Row], notes: str) -> str:
 
 
 def main() -> None:
-    rows = json.loads((ROOT / "results" / "dense_routing.json").read_text())
-    PAGE.write_text(page(rows, notes_of(PAGE)))
+    found = (ROOT / "results" / f"{name}.json" for name in ("dense_routing", "skip_speed"))
+    rows, speed = (json.loads(path.read_text()) if path.exists() else [] for path in found)
+    PAGE.write_text(page(rows, notes_of(PAGE), speed))
     print(PAGE)
 
 

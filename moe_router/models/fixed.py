@@ -8,6 +8,7 @@ Source of the pages: `kv_cache.py`; here each layer has all of its pages from th
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_router.config import require
@@ -62,6 +63,7 @@ class FixedStep:
 
     Attributes:
         layers: the cache of each step.
+        length_LB: int32, slots in use of each of them.
 
     Raises:
         ConfigError: a model whose steps have other shapes from time to time.
@@ -81,14 +83,11 @@ class FixedStep:
         pages_2NJSC = weight.new_zeros(2, pages, config.kv_heads, PAGE, channels)
         ids = torch.arange(1, pages, dtype=torch.int32, device=weight.device)
         row_B = torch.arange(sequences, dtype=torch.int32, device=weight.device)
+        self.length_LB = row_B.new_zeros(config.steps, sequences)
+        tables_LBM = ids.view(config.steps, sequences, each)
         self.layers = [
-            FixedLayer(
-                pages_2NJSC,
-                torch.cat([table_BM, torch.zeros_like(table_BM[:1])]),
-                torch.zeros_like(row_B),
-                row_B,
-            )
-            for table_BM in ids.view(config.steps, sequences, each)
+            FixedLayer(pages_2NJSC, F.pad(table_BM, (0, 0, 0, 1)), length_B, row_B)
+            for table_BM, length_B in zip(tables_LBM, self.length_LB, strict=True)
         ]
         bounds = torch.arange(sequences + 1, dtype=torch.int32)
         self._packing = Packing(bounds, weight.device, fixed=True)

@@ -59,7 +59,7 @@ def test_every_row_is_measured_saved_and_gone_on_with(folder, capsys):
     assert {path.parent.name for path in (folder / "runs").glob("*/step_*")} >= {
         path.parent.name for path in before
     }
-    page = dense_routing_table.page(list(again.values()), "\n## What it says\nkept\n")
+    page = dense_routing_table.page(list(again.values()), "\n## What it says\nkept\n", [])
     assert "| prune/0.6 | " in page and "too few seeds to claim anything" in page
     assert page.endswith("kept\n") and "## sst2" not in page
 

@@ -45,8 +45,7 @@ def test_fixed_steps_are_the_steps_of_a_growing_cache(name, monkeypatch):
         position_B = torch.full((B,), n, dtype=torch.int32)
         wanted = model(ids_B, position_B, bounds, cache=cache).logits_TV
         torch.testing.assert_close(step(ids_B, position_B), wanted, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(step.layers, cache.layers, strict=True):
-        assert ours.length_B.tolist() == theirs.lengths
+    assert step.length_LB.tolist() == [layer.lengths for layer in cache.layers]
     skipped = sum(TOKENS * B - sum(layer.lengths) for layer in cache.layers)
     assert (skipped > 0) == (name != "dense") and (0 in asked or name == "dense")
 
@@ -67,18 +66,14 @@ def test_one_graph_serves_every_decision(name):
         return logits_BV
 
     replay = captured(step)
-    for layer in graphed.layers:  # what came before the capture is forgotten
-        layer.length_B.zero_()
-    lengths = []
+    graphed.length_LB.zero_()  # what came before the capture is forgotten
     for n, row_B in enumerate(rows):
         ids_B.copy_(row_B)
         position_B.fill_(n)
         wanted = eager(row_B, torch.full_like(position_B, n))
         assert torch.equal(replay(), wanted)
-        lengths.append([layer.length_B.tolist() for layer in graphed.layers])
-    assert lengths[-1] == [layer.length_B.tolist() for layer in eager.layers]
-    full = [[TOKENS] * B] * len(eager.layers)
-    assert (lengths[-1] == full) == (name == "dense")
+    assert torch.equal(graphed.length_LB, eager.length_LB)
+    assert bool((eager.length_LB == TOKENS).all()) == (name == "dense")
 
 
 def test_what_changes_its_shape_is_refused():
