@@ -16,6 +16,8 @@ from moe_router.placement import Placement
 BYTE_VOCAB = 257
 _TRAINED = 4  # copies of a parameter while training: itself, its gradient, two moments
 _BACKWARD = 3  # forward + backward, over forward
+# dense bf16 FLOP/s of the datasheets, by what the device's name contains
+_PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +108,8 @@ def _bytes_per_rank(parts: Iterable[Part], config: Config) -> int:
     dense = 1 / ranks if config.train.dense == "fsdp" else 1.0
     shares = (part.bytes * (held if part.name == "experts" else dense) for part in parts)
     return round(_TRAINED * sum(shares))
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU, by its name; None of a CPU, or of one not in the table."""
+    return next((peak for name, peak in _PEAK.items() if name in device), None)

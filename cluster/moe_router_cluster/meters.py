@@ -10,14 +10,12 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge
 
 from moe_router.config import Config
-from moe_router.cost import cost
+from moe_router.cost import cost, peak_flops
 from moe_router.observability.metrics import imbalance
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router_cluster.course import Recovery
 
 _BACKWARD = 3  # forward + backward, over forward
-# dense bf16 FLOP/s of the datasheets, by what the device's name contains
-_PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 GAUGES = {
     "step": "optimizer steps committed",
@@ -40,11 +38,6 @@ COUNTERS = {
 BY_LAYER = {"imbalance": "largest over mean load of a layer's experts in the last step"}
 BY_EXPERT = {"expert_rows": "choices of an expert in the last step"}
 BY_LOSS = {"routing_loss": "unscaled, mean over its routers"}
-
-
-def peak_flops(device: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU, by its name; None of a CPU, or of one not in the table."""
-    return next((peak for name, peak in _PEAK.items() if name in device), None)
 
 
 class Meters:

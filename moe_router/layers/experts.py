@@ -41,9 +41,7 @@ class Experts(nn.Module):
         Returns:
             (N, D).
         """
-        device = x_ND.device.type
-        if torch.is_autocast_enabled(device):
-            x_ND = x_ND.to(torch.get_autocast_dtype(device))
+        x_ND = autocast(x_ND)
         ways = (plan.src_R, plan.choice_R, plan.offsets_G1, plan.row_TK)
         if runs_expert_mlp(self.kernels, x_ND, self.gate_up):
             return expert_mlp(x_ND, choice.weight_TK, self.gate_up, self.down, *ways)
@@ -57,3 +55,9 @@ class Experts(nn.Module):
         gate_up, down = (w.to(x_RD.dtype).mT for w in (self.gate_up, self.down))
         gate_RF, up_RF = multiply(x_RD, gate_up, offsets_G1).chunk(2, -1)
         return multiply(F.silu(gate_RF) * up_RF, down, offsets_G1)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, if it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

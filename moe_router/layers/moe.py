@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from moe_router.config import Kernels, MoEConfig
 from moe_router.dispatch import Dispatcher, Local
 from moe_router.errors import ConfigError
-from moe_router.layers.experts import Experts
+from moe_router.layers.experts import Experts, autocast
 from moe_router.layers.swiglu import SwiGLU
 from moe_router.placement import Placement
 from moe_router.routing import Context, Router, make_plan
@@ -75,7 +75,8 @@ class MoE(nn.Module):
             self._account(choice, plan, context)
 
         first_token = context.key.first_token
-        received = self.dispatcher.dispatch(x_TD, choice, plan, self.placement, first_token)
+        sent = (autocast(x_TD), choice, plan)  # as experts compute: half the bytes on the link
+        received = self.dispatcher.dispatch(*sent, self.placement, first_token)
         # while rows travel: they are waited for where x_ND is asked for
         shared_TD = None if self.shared is None else self.shared(x_TD)
         y_ND = self.experts(received.x_ND, received.choice, received.plan)

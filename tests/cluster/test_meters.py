@@ -12,11 +12,11 @@ import ray
 from rich.console import Console
 
 from moe_router.config import ClusterConfig
-from moe_router.cost import cost
+from moe_router.cost import cost, peak_flops
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router_cluster import meters, session
 from moe_router_cluster.course import Recovery
-from moe_router_cluster.meters import Meters, peak_flops
+from moe_router_cluster.meters import Meters
 
 pytestmark = pytest.mark.timeout(180)
 DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "dashboards" / "moe_router.json"
