@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moe_router.routing.blocks import Blocks, route_blocks
+from moe_router.config_attention import AttentionConfig
+from moe_router.routing.blocks import BlockRouter, Blocks
 from moe_router_kernels.attention_op import attend_blocks
 
 DENSE = {
@@ -84,7 +85,8 @@ class Case:
     def choose(self, kind: str) -> Tensor:
         """(N, J, K) int32."""
         top_k, J = replace(self.shape, kind=kind).top_k, self.shape.kv_heads
-        choice = route_blocks(self.q.detach(), self.k.detach(), self.blocks, top_k=top_k)
+        config = AttentionConfig(kind="routed", block=self.shape.block, top_k=top_k, window=0)
+        choice = BlockRouter(config)(self.q.detach(), self.k.detach(), self.blocks)
         units = choice.target_TK.view(-1, J, top_k)
         return torch.where(units < 0, -1, units // J)
 

@@ -7,6 +7,7 @@ That of `model` is in `config_model.py`. How a file is read, merged with `--set`
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moe_router.config_attention import AttentionConfig
 from moe_router.config_model import (
     ModelConfig,
     MoEConfig,
@@ -17,6 +18,7 @@ from moe_router.config_routing import RoutingConfig
 from moe_router.errors import ConfigError, require
 
 __all__ = [
+    "AttentionConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_router.config_attention import AttentionConfig
 from moe_router.config_routing import RoutingConfig
 from moe_router.errors import require
 
@@ -87,6 +88,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    attention: AttentionConfig | None = None  # null: a token attends to all of its sequence
     moe: MoEConfig | None = None  # null: every layer is dense
     routing: RoutingConfig | None = None  # null: every token takes every block
 
@@ -109,12 +111,27 @@ class ModelConfig:
             f"a divisor of {self.heads} (model.heads)",
         )
 
+        self._check_attention()
         self._check_routing()
 
     @property
     def channels(self) -> int:
         """Of a head."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
+
+    def _check_attention(self) -> None:
+        attention, routing = self.attention, self.routing
+        if attention is None:
+            return
+        least = attention.least(self.kind == "causal_lm")
+        want = f"at least {least}, a block and those of model.attention.window={attention.window}"
+        require(attention.top_k >= least, "model.attention.top_k", attention.top_k, want)
+        few, want = attention.dense_last < self.layers, f"less than {self.layers} (model.layers)"
+        require(few, "model.attention.dense_last", attention.dense_last, want)
+        if routing is not None:
+            alike = not routing.weighs and routing.router != "attention"
+            want = "null where tokens have masses, or attention is counted (model.routing)"
+            require(alike, "model.attention", attention.kind, want)
 
     def _check_routing(self) -> None:
         routing, moe = self.routing, self.moe
@@ -142,6 +159,12 @@ class ModelConfig:
         if routing is None or routing.kind != kind or layer < routing.first:
             return False
         return (layer - routing.first) % routing.every == 0
+
+    def attends(self, layer: int) -> AttentionConfig | None:
+        """How the attention of block `layer` is routed; None: it is dense."""
+        attention = self.attention
+        dense = attention is None or layer >= self.layers - attention.dense_last
+        return None if dense else attention
 
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` has experts in the place of its dense SwiGLU."""

@@ -3,7 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moe_router.config import Config, ModelConfig, MoEConfig, RouterKind, RoutingConfig
+from moe_router.config import (
+    AttentionConfig,
+    Config,
+    ModelConfig,
+    MoEConfig,
+    RouterKind,
+    RoutingConfig,
+)
 
 BYTES = 4  # fp32: what weights, gradients and AdamW's moments are kept in, bf16 or not
 
@@ -94,7 +101,7 @@ def _label_head(D: int, labels: int, seq_len: int) -> Part:
 
 
 def _block(layer: str, index: int, model: ModelConfig, seq_len: int) -> Iterator[Part]:
-    yield _attention(layer, model, seq_len)
+    yield _attention(layer, index, model, seq_len)
     yield Part(layer, "norms", 2 * model.dim, 2 * model.dim, 0, 0)
     if model.moe is not None and model.is_moe(index):
         yield from _moe(layer, model.dim, model.moe)
@@ -146,15 +153,34 @@ def _score(kind: RouterKind, D: int, groups: int, hidden: int) -> tuple[int, int
             return 2 * hidden * groups, 0
 
 
-def _attention(layer: str, model: ModelConfig, seq_len: int) -> Part:
+def _attention(layer: str, index: int, model: ModelConfig, seq_len: int) -> Part:
     """A causal token looks at (seq_len + 1) / 2 tokens on average, an encoder's at all seq_len;
-    fewer where documents end."""
-    D, causal = model.dim, model.kind == "causal_lm"
+    fewer where documents end, and where attention is routed."""
+    D, causal, routed = model.dim, model.kind == "causal_lm", model.attends(index)
     width, kv_width = model.channels * model.heads, model.channels * model.kv_heads
     weights = 2 * D * width + 2 * D * kv_width
-    seen_twice = seq_len + 1 if causal else 2 * seq_len
-    flops = 2 * weights + 2 * width * seen_twice  # scores and sums: 2 * 2 * width for each one seen
-    return Part(layer, "attention", weights, weights, flops, flops)
+    pairs = seq_len * (seq_len + 1) // 2 if causal else seq_len**2
+    sums = 4 * width / max(seq_len, 1)  # scores and sums: 2 * 2 * width for each token seen
+    dense = 2 * weights + round(sums * pairs)
+    flops = dense
+    if routed is not None:
+        blocks = -(-seq_len // routed.block)
+        choosing = 2 * blocks**2 * kv_width if blocks > routed.top_k else 0
+        seen = _pairs_seen(routed, seq_len, causal=causal)
+        flops = 2 * weights + round(sums * seen + choosing / max(seq_len, 1))
+    return Part(layer, "attention", weights, weights, flops, dense)
+
+
+def _pairs_seen(routed: AttentionConfig, seq_len: int, *, causal: bool) -> int:
+    """Queries and keys of a sequence that attend to each other."""
+    whole, rest = divmod(seq_len, routed.block)
+    sizes = [routed.block] * whole + [rest] * (rest > 0)
+    if not causal:
+        return sum(size * min(seq_len, routed.top_k * routed.block) for size in sizes)
+    return sum(
+        min(n, routed.top_k - 1) * routed.block * size + size * (size + 1) // 2
+        for n, size in enumerate(sizes)
+    )
 
 
 def _moe(layer: str, D: int, moe: MoEConfig) -> Iterator[Part]:

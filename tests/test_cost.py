@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_router import Context, Ledger
+from moe_router.config import AttentionConfig
 from moe_router.config_file import load_config
 from moe_router.cost import BYTE_VOCAB, cost
 from moe_router.models import CausalLM, ImageClassifier, TextClassifier
@@ -117,6 +119,23 @@ def test_blocks_after_a_prune_cost_what_stays():
     seen = dense["2", "attention"] - 2 * whole.of_layer("2")[0].parameters
     assert seen == 4 * D * S
     assert flops["2", "attention"] == (dense["2", "attention"] - seen // 2) // 2
+
+
+@pytest.mark.parametrize("variant", ["dense", "encoder"])
+def test_routed_attention_costs_the_pairs_that_it_computes(variant):
+    """And the choice; what the model's own account says it has executed."""
+    how = AttentionConfig(kind="routed", block=4, top_k=2, window=0, dense_last=1)
+    config = tiny(variant)
+    routed = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=how))
+    model, S, ledger = model_of(routed), config.data.seq_len, Ledger()
+    batch = (torch.zeros(S, dtype=torch.int64), torch.arange(S).int(), torch.tensor([0, S]).int())
+    model(*batch, context=Context(ledger=ledger))
+    executed, dense = ledger.by_op()["attention"]
+    parts = [part for part in cost(routed).parts if part.name == "attention"]
+    # parts are rounded to a token
+    assert sum(part.flops for part in parts) == pytest.approx(executed / S, abs=len(parts))
+    assert sum(part.dense_flops for part in parts) == pytest.approx(dense / S, abs=len(parts))
+    assert parts[-1].flops == parts[-1].dense_flops > parts[0].flops
 
 
 @pytest.mark.parametrize("variant", ["dense", "untied", "encoder"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.gathered_attention import attend_blocks as gathered
 from moe_router_kernels.plan_op import plan_from_ids, said
 from moe_router_kernels.reference_attention import attend_blocks as plain
 
@@ -138,8 +139,11 @@ def attend_blocks(
         uncovered = f"heads of {d} channels, blocks of {block}: no powers of two up to 256 and 128"
     if q_THd.dtype == torch.float64:
         uncovered = "fp64"
-    if not uses_triton("attention", kernels, q_THd.device, uncovered):
+    if kernels == "reference":
         return plain(q_THd, k_TJd, v_TJd, first_N, last_N, target_NJK, gate_NJK, causal=causal)
+    if not uses_triton("attention", kernels, q_THd.device, uncovered):
+        chosen = (first_N, last_N, target_NJK, block, gate_NJK)
+        return gathered(q_THd, k_TJd, v_TJd, *chosen, causal=causal)
     easy_NJK = unmasked(first_N, last_N, target_NJK, block, causal)
     target_NJK, count_NJ2, order_NJK = by_mask(target_NJK, easy_NJK)
     if gate_NJK is None:

@@ -47,18 +47,18 @@ def block_means(
 
 @triton.jit
 def _choose_kernel(  # type: ignore[no-untyped-def]
-    score_ptr, low_ptr, high_ptr, target_ptr, N, J, K, WINDOW, N_PAD: tl.constexpr
+    score_ptr, own_ptr, low_ptr, high_ptr, target_ptr, N, J, K, WINDOW, N_PAD: tl.constexpr
 ):
-    n, j = tl.program_id(0), tl.program_id(1)
-    unit = n.to(tl.int64) * J + j
-    low, high = tl.load(low_ptr + n), tl.load(high_ptr + n)
+    m, j = tl.program_id(0), tl.program_id(1)
+    unit = m.to(tl.int64) * J + j
+    low, high = tl.load(low_ptr + m), tl.load(high_ptr + m)
     key_block = tl.arange(0, N_PAD)
     inside = (key_block >= low) & (key_block < high)
     score = tl.load(score_ptr + unit * N + key_block, mask=inside, other=0.0)
     bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is 0
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     key = tl.where(score == score, key, -2147483648)  # NaN below every number
-    far = tl.abs(key_block - n)
+    far = tl.abs(key_block - tl.load(own_ptr + m))
     key = tl.where(far <= WINDOW, 2147483647, key)
     key = tl.where(inside, key, -4294967296)
     count = tl.minimum(K, high - low)
@@ -75,14 +75,16 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     tl.store(target_ptr + unit * K + place, key_block, mask=taken > 0)
 
 
-def choose_blocks(score_NJN: Tensor, low_N: Tensor, high_N: Tensor, k: int, window: int) -> Tensor:
-    """(N, J, k) int32."""
-    N, J, _ = score_NJN.shape
-    target_NJK = torch.full((N, J, k), -1, dtype=torch.int32, device=score_NJN.device)
-    if N and J and k:
+def choose_blocks(
+    score_MJN: Tensor, own_M: Tensor, low_M: Tensor, high_M: Tensor, k: int, window: int
+) -> Tensor:
+    """(M, J, k) int32."""
+    M, J, N = score_MJN.shape
+    target_MJK = torch.full((M, J, k), -1, dtype=torch.int32, device=score_MJN.device)
+    if M and N and J and k:
         padded = triton.next_power_of_2(N)
-        _choose_kernel[(N, J)](
-            score_NJN.contiguous(), low_N, high_N, target_NJK, N, J, k, window, N_PAD=padded,
-            num_warps=1 if padded <= 128 else 4 if padded <= 2048 else 8,
+        _choose_kernel[(M, J)](
+            score_MJN.contiguous(), own_M, low_M, high_M, target_MJK, N, J, k, window,
+            N_PAD=padded, num_warps=1 if padded <= 128 else 4 if padded <= 2048 else 8,
         )  # fmt: skip
-    return target_NJK
+    return target_MJK

@@ -68,34 +68,41 @@ def block_means(
 
 @torch.library.custom_op("moe_router::choose_blocks", mutates_args=())
 def _choose_blocks(
-    score_NJN: Tensor, low_N: Tensor, high_N: Tensor, k: int, window: int, triton: bool
+    score_MJN: Tensor,
+    own_M: Tensor,
+    low_M: Tensor,
+    high_M: Tensor,
+    k: int,
+    window: int,
+    triton: bool,
 ) -> Tensor:
     if triton:
         from moe_router_kernels import block_choice
 
-        return block_choice.choose_blocks(score_NJN, low_N, high_N, k, window)
-    return plain.choose_blocks(score_NJN, low_N, high_N, k, window)
+        return block_choice.choose_blocks(score_MJN, own_M, low_M, high_M, k, window)
+    return plain.choose_blocks(score_MJN, own_M, low_M, high_M, k, window)
 
 
 @_choose_blocks.register_fake
-def _(score_NJN: Tensor, low_N: Tensor, high_N: Tensor, k: int, *_: Any) -> Tensor:
-    return score_NJN.new_empty((*score_NJN.shape[:2], k), dtype=torch.int32)
+def _(score_MJN: Tensor, own_M: Tensor, low_M: Tensor, high_M: Tensor, k: int, *_: Any) -> Tensor:
+    return score_MJN.new_empty((*score_MJN.shape[:2], k), dtype=torch.int32)
 
 
 def choose_blocks(
-    score_NJN: Tensor,
-    low_N: Tensor,
-    high_N: Tensor,
+    score_MJN: Tensor,
+    own_M: Tensor,
+    low_M: Tensor,
+    high_M: Tensor,
     k: int,
     window: int = 0,
     kernels: str = "auto",
 ) -> Tensor:
     """`reference_attention.choose_blocks`; ids, so no gradient."""
-    N = score_NJN.size(0)
-    uncovered = "fp64" if score_NJN.dtype == torch.float64 else ""
+    N = score_MJN.size(2)
+    uncovered = "fp64" if score_MJN.dtype == torch.float64 else ""
     if N > 8192:
         uncovered = f"{N} blocks: more than 8192"
-    triton = uses_triton("choose_blocks", kernels, score_NJN.device, uncovered)
-    scores = (score_NJN.detach(), low_N, high_N)
-    target_NJK: Tensor = _choose_blocks(*scores, k, window, triton)
-    return target_NJK
+    triton = uses_triton("choose_blocks", kernels, score_MJN.device, uncovered)
+    bounds = (own_M, low_M, high_M)
+    target_MJK: Tensor = _choose_blocks(score_MJN.detach(), *bounds, k, window, triton)
+    return target_MJK

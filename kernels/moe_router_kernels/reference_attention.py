@@ -52,32 +52,33 @@ def block_means(x_THd: Tensor, first_N: Tensor, last_N: Tensor, kv_heads: int) -
 
 
 def choose_blocks(
-    score_NJN: Tensor, low_N: Tensor, high_N: Tensor, k: int, window: int = 0
+    score_MJN: Tensor, own_M: Tensor, low_M: Tensor, high_M: Tensor, k: int, window: int = 0
 ) -> Tensor:
-    """(N, J, K) int32: key blocks of each (query block, KV head), ascending, then -1.
+    """(M, J, K) int32: key blocks of each (query block, KV head), ascending, then -1.
 
     A query block takes its own block and those at most `window` away, then the best of the others
     among blocks low..high-1, K in all; of equals the lower, NaN last.
 
     Args:
-        score_NJN: of each (query block, KV head) for each key block.
-        low_N, high_N: int32, key blocks that each query block may choose among: of its sequence,
-            and where attention is causal up to itself.
+        score_MJN: of each (query block, KV head) for each of N key blocks.
+        own_M: int32, which key block a query block is.
+        low_M, high_M: int32, key blocks that it may choose among: of its sequence, and where
+            attention is causal up to itself.
 
     Source: MoBA, Lu et al. 2025, arXiv:2502.13189, section 2.2, with query blocks for queries.
     """
-    N, J, _ = score_NJN.shape
-    ids_N = torch.arange(N, device=score_NJN.device)
-    inside_NN = (ids_N >= low_N[:, None]) & (ids_N < high_N[:, None])
-    near_NN = (ids_N - ids_N[:, None]).abs() <= window
-    score_NJN = score_NJN.masked_fill(score_NJN.isnan(), -1e30)
-    score_NJN = score_NJN.masked_fill(near_NN[:, None], float("inf"))
-    score_NJN = score_NJN.masked_fill(~inside_NN[:, None], float("-inf"))
-    ranked_NJK = score_NJN.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    there_NJK = inside_NN[:, None].expand(N, J, N).gather(-1, ranked_NJK)
-    target_NJK = torch.where(there_NJK, ranked_NJK, N).sort(-1).values
-    target_NJK = torch.nn.functional.pad(target_NJK, (0, k - target_NJK.size(-1)), value=N)
-    return torch.where(target_NJK < N, target_NJK, -1).int()
+    M, J, N = score_MJN.shape
+    ids_N = torch.arange(N, device=score_MJN.device)
+    inside_MN = (ids_N >= low_M[:, None]) & (ids_N < high_M[:, None])
+    near_MN = (ids_N - own_M[:, None]).abs() <= window
+    score_MJN = score_MJN.masked_fill(score_MJN.isnan(), -1e30)
+    score_MJN = score_MJN.masked_fill(near_MN[:, None], float("inf"))
+    score_MJN = score_MJN.masked_fill(~inside_MN[:, None], float("-inf"))
+    ranked_MJK = score_MJN.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    there_MJK = inside_MN[:, None].expand(M, J, N).gather(-1, ranked_MJK)
+    target_MJK = torch.where(there_MJK, ranked_MJK, N).sort(-1).values
+    target_MJK = torch.nn.functional.pad(target_MJK, (0, k - target_MJK.size(-1)), value=N)
+    return torch.where(target_MJK < N, target_MJK, -1).int()
 
 
 def masked_attention(

@@ -1,5 +1,6 @@
-"""What the blocks of a depth-routed model execute, beside what the dense model would: FLOPs of the
-matrix products of attention and feed-forward. Embedding, norms and head are alike in both."""
+"""What the blocks of a model routed in depth or in attention execute, beside what the dense model
+would: FLOPs of the matrix products of attention and feed-forward, and of the choice of blocks.
+Embedding, norms and head are alike in both."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_router.config import ModelConfig
+from moe_router.models.attend_routed import Executed
 from moe_router.models.cached import CachedLayer
 from moe_router.routing import Ledger
 
@@ -43,6 +45,7 @@ class Account:
         ran: Sequence[int],
         cache: CachedLayer | None,
         fed: Sequence[int] | None = None,
+        attended: Executed | None = None,
     ) -> None:
         """Count a block that has run.
 
@@ -50,15 +53,19 @@ class Account:
             ran: tokens of each sequence that it computed.
             cache: its own, the new tokens in it.
             fed: those that its feed-forward computed, where tokens merged; None: the same.
+            attended: what its routed attention computed; None: it was dense.
         """
         D, tokens = self._config.dim, sum(ran)
         pairs: Tensor | int = _pairs(ran, self._causal)
         if cache is not None and tokens:
             new_B = torch.tensor(ran).to(cache.length_B.device, non_blocking=True)
             pairs = (new_B * (cache.length_B - new_B)).sum() + pairs
+        choosing = 0
+        if attended is not None:
+            pairs, choosing = attended
         self._ledger.add(
             "attention",
-            _attention(self._config, tokens, pairs),
+            _attention(self._config, tokens, pairs) + choosing,
             _attention(self._config, self._tokens, self._pairs),
         )
         tokens = tokens if fed is None else sum(fed)

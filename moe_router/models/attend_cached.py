@@ -45,7 +45,7 @@ def attend_cached(
         return q_THC
     y_THC = torch.empty_like(q_THC)
     for (way, _), rows in _alike(packing.lengths, held).items():
-        part = _Part.of(rows, packing)
+        part = Part.of(rows, packing)
         q_RHC, slot_R = q_THC[part.token_R], slot_T[part.token_R]
         if way == "one":
             y_RHC = attend_pages(q_RHC, pages_2NJSC, table_BM, part.row_B, slot_R + 1)
@@ -62,7 +62,7 @@ def attend_cached(
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """Some sequences of a pass."""
 
     packing: Packing
@@ -70,7 +70,7 @@ class _Part:
     token_R: Tensor | slice
 
     @classmethod
-    def of(cls, rows: Sequence[int], packing: Packing) -> "_Part":
+    def of(cls, rows: Sequence[int], packing: Packing) -> "Part":
         row_B = torch.tensor(rows, device=packing.device)
         if len(rows) == packing.sequences:
             return cls(packing, row_B, slice(None))

@@ -111,7 +111,7 @@ class Backbone(nn.Module):
             if passed.account is not None:
                 ran = before if out.kept is None else out.kept.lengths
                 fed = None if out.merged is None else out.merged.kept.lengths
-                passed.account.block(step, ran, layer_cache, fed)
+                passed.account.block(step, ran, layer_cache, fed, out.attended)
             if routing is not None and out.routed is None:
                 tell(step, passed, out, context)
             left = self._leave(step, passed, out.received_T, context)
@@ -124,11 +124,11 @@ class Backbone(nn.Module):
     def _begin(self, stream: Stream, context: Context) -> Passed:
         config, packing = self.config, stream.packing
         passed, routing = Passed(stream), config.routing
-        if routing is None:
-            return passed
-        if context.ledger is not None:
+        if context.ledger is not None and not (routing is None and config.attention is None):
             here = (packing.lengths, stream.position_T)
             passed.account = Account(config, context.ledger, *here, causal=packing.causal)
+        if routing is None:
+            return passed
         if self.training and self.budget is not None:
             flops = flops_of_blocks(config, packing.lengths, causal=packing.causal)
             passed.cost = ExpectedCost(flops, packing.tokens)

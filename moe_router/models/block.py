@@ -13,6 +13,7 @@ from moe_router.layers.merge import Merge, Merged
 from moe_router.layers.moe import MoE
 from moe_router.layers.skip import Skip
 from moe_router.layers.swiglu import SwiGLU
+from moe_router.models.attend_routed import Executed
 from moe_router.models.attention import Attended, Attention
 from moe_router.models.cached import CachedLayer
 from moe_router.models.norm import RMSNorm
@@ -33,6 +34,7 @@ class BlockOutput(NamedTuple):
     merged, stream: how tokens merged on the way, and their slots as they go on, but for x_TD;
         None: they did not.
     received_T: how much attention came to each token; None: nobody asks.
+    attended: what routed attention computed; None: it was dense.
     """
 
     x_TD: Tensor
@@ -42,6 +44,7 @@ class BlockOutput(NamedTuple):
     merged: Merged | None = None
     stream: Stream | None = None
     received_T: Tensor | None = None
+    attended: Executed | None = None
 
 
 class Block(nn.Module):
@@ -63,7 +66,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer, kernels)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp: SwiGLU | None = None
         self.moe: MoE | None = None
@@ -115,36 +118,43 @@ class Block(nn.Module):
             return self._merging(self.merge, stream, context)
         chooser = self.skip or self.leap
         if chooser is None:
-            attended = self._attend(stream, cache)
+            attended = self._attend(stream, cache, context)
             x_TD = x_TD + attended.out_TD
             delta_TD, routed = self._feed(x_TD, stream, context)
-            return BlockOutput(x_TD + delta_TD, routed, received_T=attended.received_T)
+            out = BlockOutput(x_TD + delta_TD, routed, received_T=attended.received_T)
+            return out._replace(attended=attended.executed)
         asked = Tokens(x_TD if asked_TD is None else asked_TD, position_T, packing.offsets_B1)
         if packing.fixed:
-            return self._in_place(stream, *chooser.decide(asked), cache)
+            return self._in_place(stream, *chooser.decide(asked), cache, context)
         choice, kept = chooser.choose(asked, packing.lengths, context)
         rows = stream.take(kept)
-        attention_RD = self._attend(rows, cache).out_TD
+        attended = self._attend(rows, cache, context)
+        attention_RD = attended.out_TD
         inside = context.part("block").within(kept.plan)
         delta_RD, routed = self._feed(rows.x_TD + attention_RD, rows, inside)
         delta_TD = scatter(attention_RD + delta_RD, choice, kept)
-        return BlockOutput(x_TD + delta_TD, routed, choice, kept)
+        return BlockOutput(x_TD + delta_TD, routed, choice, kept, attended=attended.executed)
 
     def _in_place(
-        self, stream: Stream, kept_T: Tensor, weight_T: Tensor, cache: CachedLayer | None
+        self,
+        stream: Stream,
+        kept_T: Tensor,
+        weight_T: Tensor,
+        cache: CachedLayer | None,
+        context: Context,
     ) -> BlockOutput:
         """Every token stays where it is, and layers do nothing for those that are not kept: how
         many they are is never asked. See `Packing.fixed`."""
         assert self.mlp is not None
         stream = replace(stream, packing=stream.packing.only(kept_T))
-        attention_TD = self._attend(stream, cache).out_TD
+        attention_TD = self._attend(stream, cache, context).out_TD
         mlp_TD = self.mlp(self.mlp_norm(stream.x_TD + attention_TD), kept_T)
         delta_TD = weight_T[:, None] * (attention_TD + mlp_TD)
         return BlockOutput(stream.x_TD + delta_TD.to(stream.x_TD.dtype), None)
 
     def _merging(self, merge: Merge, stream: Stream, context: Context) -> BlockOutput:
         """Attention for every token, feed-forward for what they merge into."""
-        attended = self._attend(stream, None)
+        attended = self._attend(stream, None, context)
         stream = replace(stream, x_TD=stream.x_TD + attended.out_TD)
         lengths = stream.packing.lengths
         merged = merge(stream.tokens, attended.key_TJC, lengths, context.part("merge"))
@@ -153,11 +163,13 @@ class Block(nn.Module):
         delta_MD, routed = self._feed(slots.x_TD, slots, inside)
         return BlockOutput(slots.x_TD + delta_MD, routed, merged=merged, stream=slots)
 
-    def _attend(self, stream: Stream, cache: CachedLayer | None) -> Attended:
+    def _attend(self, stream: Stream, cache: CachedLayer | None, context: Context) -> Attended:
         normed_TD = self.attention_norm(stream.x_TD)
         size_T = stream.size_T if self.weighs else None  # else it is for the pooling alone
         here = (stream.turn, stream.packing, cache, size_T)
-        attended: Attended = self.attention(normed_TD, *here, count_received=self.counts_received)
+        attended: Attended = self.attention(
+            normed_TD, *here, count_received=self.counts_received, step=context.step
+        )
         return attended
 
     def _feed(self, x_TD: Tensor, stream: Stream, context: Context) -> tuple[Tensor, Routed | None]:

@@ -75,6 +75,8 @@ class FixedStep:
         fits = routing is None or routing.kind in ("skip", "leap")
         kind = routing and routing.kind
         require(fits, "model.routing.kind", kind, "skip or leap, for steps of fixed shapes")
+        attention = config.attention and config.attention.kind
+        require(attention is None, "model.attention", attention, "null, for steps of fixed shapes")
         require(config.moe is None, "model.moe", "a section", "null, for steps of fixed shapes")
         self._model = model
         each = -(-slots // PAGE)

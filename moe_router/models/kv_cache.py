@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_router.errors import ConfigError
 from moe_router.models.attend import attend_packed
 from moe_router.models.attend_cached import attend_cached
+from moe_router.models.block_memory import BlockMemory
 from moe_router.models.packing import Packing, upload
 from moe_router.models.rope import Turn
 from moe_router_kernels import paged_op, reference_pages
@@ -76,10 +77,12 @@ class LayerCache:
         lengths: slots in use; known to the host without a wait.
         length_B: int32, the same on the device.
         table_BM: int32, the pages of each sequence; past them anything.
+        memory: what routed attention keeps beside them; None: it is dense.
     """
 
     def __init__(self, pool: Pages, sequences: int) -> None:
         self.pool = pool
+        self.memory: BlockMemory | None = None
         self.lengths = [0] * sequences
         self._pages: list[list[int]] = [[] for _ in range(sequences)]
         self._host_BM = np.zeros((sequences, 1), np.int32)
@@ -184,6 +187,8 @@ class LayerCache:
         self._pages = [self._pages[row] for row in rows]
         self._host_BM = self._host_BM[list(rows)]
         self.length_B, self.table_BM = self.length_B[row_B], self.table_BM[row_B]
+        if self.memory is not None:
+            self.memory.keep(row_B)
 
     def join(self, sequences: int) -> None:
         """Hold so many more sequences, empty ones, after those that are here."""

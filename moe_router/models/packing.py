@@ -14,6 +14,8 @@ from itertools import accumulate, groupby, pairwise
 import torch
 from torch import Tensor
 
+from moe_router.routing.blocks import Blocks
+
 # tokens; forward and backward on 2 CPU cores, one masked grid against a call per document: half
 # the time in rows of 128 with 5 documents each, twice the time in rows of 512 with 3 each
 NARROW = 256
@@ -70,6 +72,7 @@ class Packing:
         self.tokens = sum(self.lengths)
         self.sequences = len(self.lengths)
         self.device = device
+        self._blocks: dict[int, Blocks] = {}
         self.offsets_B1 = offsets_B1.to(device, torch.int32, non_blocking=True)
 
     def only(self, kept_T: Tensor) -> "Packing":
@@ -87,6 +90,18 @@ class Packing:
         """int64, the sequence of each token."""
         token_T = torch.arange(self.tokens, device=self.device, dtype=torch.int32)
         return torch.searchsorted(self.offsets_B1[1:], token_T, right=True)
+
+    @property
+    def pairs(self) -> int:
+        """Queries and the keys they may see."""
+        return sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
+
+    def blocks(self, size: int) -> Blocks:
+        """The sequences in blocks of so many tokens; cut once."""
+        if size not in self._blocks:
+            blocks = Blocks.of(self.lengths, size, self.device, causal=self.causal)
+            self._blocks[size] = blocks
+        return self._blocks[size]
 
     @cached_property
     def rank_T(self) -> Tensor:

@@ -7,7 +7,8 @@ stretch of steps, and in between launches graphs and reads tokens when it likes.
 ended run on, unread, until the host begins anew; cells of the bucket without a sequence write to a
 page that is nobody's.
 
-Not covered: blocks routed in depth and experts on several ranks, whose sizes are values.
+Not covered: blocks routed in depth, routed attention, and experts on several ranks, whose sizes are
+values.
 """
 
 import logging
@@ -36,6 +37,8 @@ def obstacle(model: CausalLM) -> str:
     """Why a model cannot be decoded in fixed steps; empty if it can."""
     if model.config.routing is not None:
         return "blocks are routed in depth"
+    if model.config.attention is not None:
+        return "attention is routed"
     if not isinstance(model.dispatcher, Local):
         return "experts are on several ranks"
     if not model.embed.weight.is_cuda:

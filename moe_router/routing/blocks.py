@@ -2,8 +2,8 @@
 block and a KV head, which all query heads of it share; a group is a key block and a KV head.
 
 Causal attention chooses for a whole query block by its first token, the only one of which all
-others are later: no choice depends on a token that comes after it, and the cache's decoding step
-chooses as the whole text did.
+others are later: no choice depends on a token that comes after it, and decoding with a cache
+chooses as one pass over the text does.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_router.config_attention import AttentionConfig
 from moe_router.types import Choice
 from moe_router_kernels import reference
 from moe_router_kernels.block_choice_op import block_means, choose_blocks
@@ -22,9 +23,10 @@ class Blocks:
     """Packed sequences in blocks of at most `size` tokens; none crosses from one to the next.
 
     Attributes:
+        most: blocks of the longest sequence.
         first_N, last_N: int32, where each block begins and ends.
         low_N, high_N: int32, key blocks low..high-1 that the queries of a block may see.
-        most: blocks of the longest sequence.
+        own_N: int32, 0..N-1.
     """
 
     size: int
@@ -34,73 +36,104 @@ class Blocks:
     last_N: Tensor
     low_N: Tensor
     high_N: Tensor
+    own_N: Tensor
 
     @classmethod
     def of(
         cls, lengths: Sequence[int], size: int, device: torch.device, *, causal: bool = True
     ) -> "Blocks":
         """Cut sequences of these lengths; the last block of one may be shorter."""
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         start = most = 0
         for length in lengths:
             low, blocks = len(rows), -(-length // size)
             for n in range(blocks):
                 first = start + n * size
                 high = low + (n + 1 if causal else blocks)
-                rows.append((first, min(first + size, start + length), low, high))
+                rows.append((first, min(first + size, start + length), low, high, low + n))
             start, most = start + length, max(most, blocks)
-        bounds = torch.tensor(rows, dtype=torch.int32).view(-1, 4).T.contiguous()
+        bounds = torch.tensor(rows, dtype=torch.int32).view(-1, 5).T.contiguous()
         return cls(size, causal, most, *bounds.to(device, non_blocking=True))
 
 
-def route_blocks(
-    q_THd: Tensor,
-    k_TJd: Tensor,
-    blocks: Blocks,
-    *,
-    top_k: int,
-    window: int = 0,
-    gated: bool = False,
-    kernels: str = "auto",
-) -> Choice:
-    """Choose key blocks: a block's own, those of the window, then the best by score, K in all.
+class BlockRouter:
+    """Chooses key blocks: a block's own, those of the window, then the best by score. It has no
+    weights of its own: queries and keys are what learns.
 
     Args:
-        q_THd, k_TJd: queries and keys as attention sees them; H a multiple of J.
-        top_k: K.
-        window: so many tokens before a query block (after it too, where attention is not causal)
-            are always chosen, rounded up to whole blocks.
-        gated: weigh a block chosen by score by p = sigmoid(score), through which the router
-            learns, and the others by 1; else all by 1.
-
-    Returns:
-        Choice of T = N J units (block by block) among G = N J groups, n J + j.
+        config: how many, and by what they are scored.
+        layer: names the noise of the random control.
+        kernels: see `Router`.
     """
-    near = -(-window // blocks.size)
-    with torch.autocast(q_THd.device.type, enabled=False):
-        score_NJN = block_scores(q_THd, k_TJd, blocks, kernels)
-        target_NJK = choose_blocks(score_NJN, blocks.low_N, blocks.high_N, top_k, near, kernels)
-        weight_NJK = (target_NJK >= 0).float()
-        if gated:
-            n_N11 = torch.arange(len(target_NJK), device=target_NJK.device)[:, None, None]
-            p_NJK = score_NJN.gather(-1, target_NJK.clamp(min=0).long()).sigmoid()
-            always_NJK = (target_NJK - n_N11).abs() <= near
-            weight_NJK = torch.where(always_NJK, 1.0, p_NJK) * weight_NJK
-    J = target_NJK.size(1)
-    head_J1 = torch.arange(J, device=target_NJK.device, dtype=torch.int32)[:, None]
-    group_NJK = torch.where(target_NJK < 0, -1, target_NJK * J + head_J1)
-    return Choice(group_NJK.flatten(0, 1), weight_NJK.flatten(0, 1))
 
+    def __init__(self, config: AttentionConfig, layer: int = 0, kernels: str = "auto") -> None:
+        self.config, self.layer, self.kernels = config, layer, kernels
 
-def block_scores(q_THd: Tensor, k_TJd: Tensor, blocks: Blocks, kernels: str = "auto") -> Tensor:
-    """(N, J, N) fp32: of what a query block asks for, with the mean key of each block."""
-    J, d = k_TJd.shape[1:]
-    bounds = (blocks.first_N, blocks.last_N, J, blocks.size, kernels)
-    if blocks.causal:
-        query_NHd = reference.wide(q_THd[blocks.first_N])
-        query_NJd = query_NHd.view(len(query_NHd), J, q_THd.size(1) // J, d).mean(2)
-    else:
-        query_NJd = block_means(q_THd, *bounds)
-    key_NJd = block_means(k_TJd, *bounds)
-    score_NJN: Tensor = torch.einsum("njd,mjd->njm", query_NJd, key_NJd) * d**-0.5
-    return score_NJN
+    def __call__(
+        self, q_THd: Tensor, k_TJd: Tensor, blocks: Blocks, step: int | None = None
+    ) -> Choice:
+        """Choose for packed sequences.
+
+        Args:
+            q_THd, k_TJd: queries and keys as attention sees them; H a multiple of J.
+            step: of training, if it is not over.
+
+        Returns:
+            Choice of T = N J units (block by block) among G = N J groups, n J + j; weights are 1,
+            or where `gated` p = sigmoid(score) of a block chosen by score.
+        """
+        J = k_TJd.size(1)
+        with torch.autocast(q_THd.device.type, enabled=False):
+            query_NJd, key_NJd = self._summaries(q_THd, k_TJd, blocks)
+            bounds = (blocks.own_N, blocks.low_N, blocks.high_N)
+            score_NJN = self.score(query_NJd, key_NJd, *bounds[:2])
+            top_k = self.config.eased(blocks.most, step)
+            target_NJK, weight_NJK = self.decide(score_NJN, *bounds, top_k)
+        head_J1 = torch.arange(J, device=target_NJK.device, dtype=torch.int32)[:, None]
+        group_NJK = torch.where(target_NJK < 0, -1, target_NJK * J + head_J1)
+        return Choice(group_NJK.flatten(0, 1), weight_NJK.flatten(0, 1))
+
+    def _summaries(self, q_THd: Tensor, k_TJd: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """(N, J, d) fp32: what each block asks for, and the mean of its keys."""
+        J, d = k_TJd.shape[1:]
+        bounds = (blocks.first_N, blocks.last_N, J, blocks.size, self.kernels)
+        if blocks.causal:
+            query_NHd = reference.wide(q_THd[blocks.first_N])
+            query_NJd = query_NHd.view(len(query_NHd), J, q_THd.size(1) // J, d).mean(2)
+        else:
+            query_NJd = block_means(q_THd, *bounds)
+        return query_NJd, block_means(k_TJd, *bounds)
+
+    def score(self, query_MJd: Tensor, key_NJd: Tensor, own_M: Tensor, low_M: Tensor) -> Tensor:
+        """(M, J, N) fp32, of M query blocks for N key blocks.
+
+        Args:
+            own_M, low_M: which key block each is, and which is the first of its sequence.
+        """
+        if self.config.router == "keys":
+            product_MJN = torch.einsum("mjd,njd->mjn", query_MJd, key_NJd)
+            score_MJN: Tensor = product_MJN * query_MJd.size(-1) ** -0.5
+            return score_MJN
+        M, N, J = len(query_MJd), len(key_NJd), key_NJd.size(1)
+        rank_MN = torch.arange(N, device=own_M.device) - low_M[:, None]
+        if self.config.router == "position":  # the same blocks for all: the first of a sequence
+            return -rank_MN[:, None].expand(M, J, N).float()
+        noise_NX = reference.uniform_noise(0, 0, self.layer, 0, N, N * J, own_M.device)
+        head_J1 = torch.arange(J, device=own_M.device)[:, None]
+        column_MJN = rank_MN.clamp(min=0)[:, None] * J + head_J1
+        row_M11 = (own_M - low_M).long()[:, None, None]
+        noise_MJN: Tensor = noise_NX[row_M11, column_MJN]
+        return noise_MJN
+
+    def decide(
+        self, score_MJN: Tensor, own_M: Tensor, low_M: Tensor, high_M: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """(M, J, K) int32 key blocks, -1 for none, and fp32 what each is weighed by."""
+        near, bounds = self.config.near, (own_M, low_M, high_M)
+        target_MJK = choose_blocks(score_MJN, *bounds, top_k, near, self.kernels)
+        weight_MJK = (target_MJK >= 0).to(score_MJN.dtype)
+        if self.config.gated:
+            p_MJK = score_MJN.gather(-1, target_MJK.clamp(min=0).long()).sigmoid()
+            always_MJK = (target_MJK - own_M[:, None, None]).abs() <= near
+            weight_MJK = torch.where(always_MJK, 1.0, p_MJK) * weight_MJK
+        return target_MJK, weight_MJK

@@ -230,7 +230,9 @@ def test_attend_blocks(name, tiles, channels, tmp_path):
 @pytest.mark.parametrize("padded, warps", [(64, 1), (1024, 4), (8192, 8)])
 def test_choose_blocks(padded, warps, tmp_path):
     kernel = block_choice._choose_kernel
-    types = dict.fromkeys(["low_ptr", "high_ptr", "target_ptr"], INTS) | {"score_ptr": FLOATS}
+    types = dict.fromkeys(["own_ptr", "low_ptr", "high_ptr", "target_ptr"], INTS) | {
+        "score_ptr": FLOATS
+    }
     types |= dict.fromkeys(["N", "J", "K", "WINDOW"], "i32")
     sass = machine_code(kernel, types, {"N_PAD": padded}, tmp_path, num_warps=warps)
     assert spills(sass) == 0

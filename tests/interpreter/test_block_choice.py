@@ -44,7 +44,7 @@ def test_the_choice_is_the_references(lengths, causal, k, window):
     score = torch.randint(-3, 3, (N, 2, N), generator=generator) / 2.0
     score[torch.rand(score.shape, generator=generator) < 0.1] = float("nan")
     score[torch.rand(score.shape, generator=generator) < 0.1] = -0.0
-    arguments = (score.to(DEVICE), blocks.low_N, blocks.high_N, k, window)
+    arguments = (score.to(DEVICE), blocks.own_N, blocks.low_N, blocks.high_N, k, window)
     with poisoned():
         got = block_choice_op.choose_blocks(*arguments, "triton")
     assert torch.equal(got, block_choice_op.choose_blocks(*arguments, "reference"))

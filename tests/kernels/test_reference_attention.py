@@ -36,7 +36,7 @@ def test_the_mask_is_its_definition(lengths, clusters, window, first, seed):
 def bounds(lengths, block, causal):
     """First and last token of each block, and the key blocks low..high-1 that it may choose."""
     blocks = Blocks.of(lengths, block, torch.device("cpu"), causal=causal)
-    return (blocks.first_N, blocks.last_N), (blocks.low_N, blocks.high_N)
+    return (blocks.first_N, blocks.last_N), (blocks.own_N, blocks.low_N, blocks.high_N)
 
 
 @few

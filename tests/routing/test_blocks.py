@@ -1,10 +1,17 @@
 """Which key blocks a query block attends to: by the keys' means, without looking ahead."""
 
+import pytest
 import torch
 
-from moe_router.routing.blocks import Blocks, block_scores, route_blocks
+from moe_router.config_attention import AttentionConfig
+from moe_router.routing.blocks import BlockRouter, Blocks
 
 CPU = torch.device("cpu")
+
+
+def route_blocks(q, k, blocks, **how):
+    config = AttentionConfig(kind="routed", block=blocks.size, **{"window": 0, **how})
+    return BlockRouter(config)(q, k, blocks)
 
 
 def draw(T, seed=0):
@@ -32,22 +39,25 @@ def test_a_block_goes_where_its_first_query_points():
     assert target[0].tolist() == [[0, -1], [1, -1]]
 
 
-def test_no_choice_sees_a_later_token():
+@pytest.mark.parametrize("router", ["keys", "position", "random"])
+def test_no_choice_sees_a_later_token(router):
     q, k = draw(32)
-    blocks = Blocks.of([13, 19], 4, CPU)
-    before = route_blocks(q, k, blocks, top_k=3, window=4, gated=True)
+    blocks, how = Blocks.of([13, 19], 4, CPU), {"top_k": 3, "window": 4, "router": router}
+    before = route_blocks(q, k, blocks, **how, gated=True)
     for cut in (6, 14, 25):
         changed_q, changed_k = q.clone(), k.clone()
         changed_q[cut:], changed_k[cut:] = torch.randn(32 - cut, 4, 8), torch.randn(32 - cut, 2, 8)
-        after = route_blocks(changed_q, changed_k, blocks, top_k=3, window=4, gated=True)
+        after = route_blocks(changed_q, changed_k, blocks, **how, gated=True)
         units = 2 * int((blocks.first_N < cut).sum())
         assert torch.equal(after.target_TK[:units], before.target_TK[:units])
 
 
-def test_a_sequence_chooses_the_same_in_any_batch():
+@pytest.mark.parametrize("router", ["keys", "position", "random"])
+def test_a_sequence_chooses_the_same_in_any_batch(router):
     q, k = draw(32)
-    together = route_blocks(q, k, Blocks.of([13, 0, 19], 4, CPU), top_k=3, window=4)
-    alone = route_blocks(q[13:], k[13:], Blocks.of([19], 4, CPU), top_k=3, window=4)
+    how = {"top_k": 3, "window": 4, "router": router}
+    together = route_blocks(q, k, Blocks.of([13, 0, 19], 4, CPU), **how)
+    alone = route_blocks(q[13:], k[13:], Blocks.of([19], 4, CPU), **how)
     shifted = together.target_TK[8:]  # four blocks of two heads come before
     assert torch.equal(torch.where(shifted < 0, -1, shifted - 8), alone.target_TK)
 
@@ -57,7 +67,8 @@ def test_gates_are_of_the_scores_and_teach_queries_and_keys():
     blocks = Blocks.of([32], 4, CPU)
     choice = route_blocks(q, k, blocks, top_k=4, window=3, gated=True)
     target, weight = choice.target_TK.view(8, 2, 4), choice.weight_TK.view(8, 2, 4)
-    score = block_scores(q, k, blocks)
+    query = q[blocks.first_N].view(8, 2, 2, 8).mean(2)
+    score = torch.einsum("njd,mjd->njm", query, k.view(8, 4, 2, 8).mean(1)) * 8**-0.5
     for n in range(8):
         for j in range(2):
             for group, p in zip(target[n, j].tolist(), weight[n, j], strict=True):
@@ -78,3 +89,23 @@ def test_an_encoder_chooses_on_both_sides():
     target = route_blocks(q, k, blocks, top_k=3, window=2).target_TK.view(9, 2, 3) // 2
     assert target[0].tolist() == [[0, 1, target[0, 0, 2]], [0, 1, target[0, 1, 2]]]
     assert (target[:4] < 4).all() and (target[4:] >= 4).all()
+
+
+def test_controls_see_no_content():
+    blocks = Blocks.of([40], 4, CPU)
+    for router in ("position", "random"):
+        drawn = [route_blocks(*draw(40, seed), blocks, top_k=3, router=router) for seed in (1, 2)]
+        assert torch.equal(drawn[0].target_TK, drawn[1].target_TK)
+        if router == "position":
+            assert drawn[0].target_TK.view(10, 2, 3)[9, 1].tolist() == [1, 3, 19]
+        else:
+            heads = drawn[0].target_TK.view(10, 2, 3).transpose(0, 1) // 2
+            assert not torch.equal(*heads)
+
+
+def test_the_curriculum_comes_down_from_all_blocks():
+    config = AttentionConfig(kind="routed", block=4, top_k=3, window=0, curriculum=10)
+    assert [config.eased(13, step) for step in (0, 5, 9, 10, None)] == [13, 8, 4, 3, 3]
+    assert config.eased(2, 0) == 3  # as many as there are
+    choice = BlockRouter(config)(*draw(52), Blocks.of([52], 4, CPU), 5)
+    assert choice.target_TK.shape == (26, 8) and (choice.target_TK[-1] >= 0).all()
