@@ -154,9 +154,9 @@ def attend(
         return out
     n = splits(T, J, table_BM.size(1))
     wide = q_THC.dtype == torch.float32
-    fp32 = {"device": q_THC.device, "dtype": torch.float32}
-    parts = torch.empty(T * H * n if n > 1 else 0, C, **fp32)
-    best, total = (torch.empty(parts.size(0), **fp32) for _ in range(2))
+    shared = T * H * n if n > 1 else 0
+    parts = torch.empty(shared, C, device=q_THC.device, dtype=torch.float32)
+    best, total = (torch.empty(shared, device=q_THC.device, dtype=torch.float32) for _ in range(2))
     _attend_kernel[(T, J, n)](
         q_THC, pages_2NJSC, table_BM, row_T, seen_T, out, parts, best, total,
         H, J, table_BM.stride(0), pages_2NJSC.stride(0), C**-0.5,
