@@ -1,29 +1,31 @@
 """Experts of transformers' models by our backend beside every implementation transformers has.
 
-    python -m benchmarks.huggingface [--only PATTERN] [--save]
+    python -m benchmarks.huggingface [--only PATTERN] [--seconds S] [--save]
 
 A module of experts at the widths of a published model, random bf16 weights, ids given: prefill and
 decode without gradients, forward with them, a training step. Then whole models of four layers of
 these widths. Contenders are what the installed transformers registers, checked first (modules
 against fp64, models against `eager`), then timed in turn in one process with a cold L2 cache.
 Decode waits for the host before each sample, as `generate` does; elsewhere launches are hidden.
-What cannot run (not installed, out of memory) stands in the row with its reason. Without a GPU the
-same runs in fp32 at `--shapes tiny`.
+`decode_graph` replays a CUDA graph of a decode. What cannot run (not installed, out of memory, not
+to be captured) stands in the row with its reason. Each row is saved as it is made, and none is
+begun after `--seconds`. Without a GPU the same runs in fp32 at `--shapes tiny`, without graphs.
 """
 
 import argparse
 import fnmatch
+import importlib.metadata
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.contest import OURS, Field, Result, WrongResult, contend, row, timed
+from benchmarks.contest import OURS, Field, Result, WrongResult, contend, row, tell, timed
 from benchmarks.huggingface_models import check, small_model
 from benchmarks.layer_check import BOUND, Oracle, make_layer
 from benchmarks.peers.base import Layer, Peer
 from benchmarks.results import Row, provenance, save
-from benchmarks.timing import Run, copy_ceiling, matmul_ceiling
+from benchmarks.timing import Deadline, Run, capture, copy_ceiling, matmul_ceiling
 from moe_router import register_transformers
 
 Sizes = tuple[int, int, int, int]
@@ -40,17 +42,18 @@ LONG = {"published": (4096, 16384), "tiny": (64, 96)}  # tokens of prefill; of f
 
 
 def cases(which: str) -> Iterator[tuple[str, str, int, Sizes]]:
-    """kind, model, tokens and sizes of every row."""
+    """kind, model, tokens and sizes of every row; what says most comes first."""
     prefill, train = LONG[which]
-    for model, sizes in SHAPES[which].items():
-        yield "prefill", model, prefill, sizes
-        for tokens in DECODES:
-            yield "decode", model, tokens, sizes
-        for kind in ("forward", "train"):
-            yield kind, model, train, sizes
-        yield "model_prefill", model, prefill, sizes
-        for tokens in DECODES:
-            yield "model_decode", model, tokens, sizes
+    modules = [("prefill", prefill), *(("decode", tokens) for tokens in DECODES)]
+    modules += [("forward", train), ("train", train)]
+    wholes = [("model_prefill", prefill), *(("model_decode", tokens) for tokens in DECODES)]
+    # the last: after a capture that failed, torch's default generator refuses to draw
+    graphs = [("decode_graph", tokens) for tokens in DECODES]
+    for kinds in (modules, wholes, graphs):
+        for model, sizes in SHAPES[which].items():
+            for kind, tokens in kinds:
+                if kind != "decode_graph" or torch.cuda.is_available():
+                    yield kind, model, tokens, sizes
 
 
 def name_of(kind: str, model: str, tokens: int) -> str:
@@ -66,7 +69,12 @@ def line_up() -> dict[str, Peer | str]:
     register_transformers()
     others = sorted(set(ALL_EXPERTS_FUNCTIONS) - {OURS})
     return {
-        name: Peer(name, "moe-router" if name == OURS else "transformers", layer_by(name))
+        name: Peer(
+            name,
+            "moe-router" if name == OURS else "transformers",
+            layer_by(name),
+            graph="its loop over experts waits for the device" if name == "eager" else True,
+        )
         for name in (OURS, "eager", *others)
     }
 
@@ -82,12 +90,18 @@ def measure_module(
 
     def prepare(peer: Peer, result: Result) -> Run:
         assert not isinstance(peer.layer, str)
+        if kind == "decode_graph" and isinstance(peer.graph, str):
+            raise NotImplementedError(peer.graph)
         call = peer.layer(layer, train)
         result.error = oracle.backward(call) if kind == "train" else oracle.forward(call)
         if not result.error < BOUND:
             raise WrongResult(f"error {result.error:.3g}")
+        run = _passes(kind, layer, call.run, call.leaves)
+        if kind == "decode_graph":
+            result.mode = "graph"
+            return capture(run)
         result.mode = "eager" if kind == "decode" else "eager, launches hidden"
-        return _passes(kind, layer, call.run, call.leaves)
+        return run
 
     tag = f"{kind} T{tokens} {sizes}"
     return timed(*contend(of, tag, prepare), rounds=rounds, idle=kind == "decode")
@@ -139,15 +153,21 @@ def micro(result: Result, slow: bool) -> float | None:
     return round(result.timing.p90 if slow else result.timing.median, 2)
 
 
-def rows(which: str, patterns: list[str], rounds: int) -> Iterator[Row]:
-    """Measure what is asked for, row by row."""
+def rows(which: str, patterns: list[str], rounds: int, seconds: float = 1e9) -> Iterator[Row]:
+    """Measure what is asked for, row by row, and begin none after `seconds`."""
+    deadline = Deadline(seconds)
     cuda = torch.cuda.is_available()
     ceilings = (matmul_ceiling(), copy_ceiling()) if cuda else (0.0, 0.0)
     of = Field(line_up(), *ceilings)
     origin = provenance("cuda" if cuda else "cpu")
+    if cuda:
+        origin |= {"triton": importlib.metadata.version("triton")}
     for kind, model, tokens, sizes in cases(which):
         name = name_of(kind, model, tokens)
         if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            continue
+        if deadline.over():
+            tell(f"{name}: not begun, the {seconds:g} seconds are over")
             continue
         if kind.startswith("model_"):
             results = measure_model(of, kind, model, tokens, sizes, rounds)
@@ -165,9 +185,10 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="rows by shell pattern, several by commas")
     parser.add_argument("--shapes", choices=sorted(SHAPES), default="published")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each contender")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    for one in rows(args.shapes, args.only.split(","), args.rounds):
+    for one in rows(args.shapes, args.only.split(","), args.rounds, args.seconds):
         others = ", ".join(
             f"{name} {entry.get('value', entry.get('reason'))}"
             for name, entry in one["peers"].items()

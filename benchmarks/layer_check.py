@@ -18,12 +18,14 @@ def make_layer(
 ) -> Layer:
     """Fresh random inputs; routing as uniform as random logits make it."""
     T, D, hidden, E, K = shape
-    torch.manual_seed(seed)
+    # its own generator: after a capture that failed, the default one of a GPU refuses to draw
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*size, device=device, dtype=dtype) * scale
+        return torch.randn(*size, device=device, dtype=dtype, generator=generator) * scale
 
-    weight_TK, ids_TK = torch.randn(T, E, device=device).softmax(1).topk(K, 1)
+    logits_TE = torch.randn(T, E, device=device, generator=generator)
+    weight_TK, ids_TK = logits_TE.softmax(1).topk(K, 1)
     return Layer(
         normal(T, D),
         ids_TK.int(),

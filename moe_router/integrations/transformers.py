@@ -36,6 +36,9 @@ class HFExperts(Protocol):
         has_gate: weights are `gate_up_proj`, else `up_proj`.
         is_transposed: weights are (E, in, out), else (E, out, in).
         is_concatenated: gate before up, else they alternate, which `_apply_gate` knows.
+
+    5.17 knows no `has_post_expert_norm`, has no such module, and does not say whether experts are
+    spread over ranks (`_is_expert_parallel`).
     """
 
     num_experts: int
@@ -100,11 +103,15 @@ def _uncovered(self: Any) -> str:
         (not self.is_concatenated, "gate and up that alternate"),
         (not plain_gate, "a gate of its own"),
         (not silu, "an activation that is not SiLU"),
-        (self.has_post_expert_norm, "a norm after each expert"),
+        (_has_norm(self), "a norm after each expert"),
     ):
         if missing:
             return what
     return ""
+
+
+def _has_norm(self: Any) -> bool:
+    return getattr(self, "has_post_expert_norm", False)
 
 
 def _by_parts(
@@ -117,7 +124,7 @@ def _by_parts(
         bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias
         expert_R = top_k_index.flatten()[choice_R.clamp(min=0)].clamp(0, self.num_experts - 1)
     # rows that no choice has are unspecified, and must not reach gradients that add up all rows
-    absent_R1 = (src_R < 0)[:, None] if self._is_expert_parallel else None
+    absent_R1 = (src_R < 0)[:, None] if getattr(self, "_is_expert_parallel", True) else None
 
     def linear(rows: Tensor, weight: Tensor, bias_EF: Tensor | None) -> Tensor:
         weight = weight.to(rows.dtype)
@@ -130,6 +137,6 @@ def _by_parts(
     up_RF = linear(rows_RD, up, bias[0])
     act_RF = self._apply_gate(up_RF) if self.has_gate else self.act_fn(up_RF)
     y_RD = linear(act_RF, self.down_proj, bias[1])
-    if self.has_post_expert_norm:
+    if _has_norm(self):
         y_RD = self.post_expert_norm(y_RD)
     return combine(y_RD, weight_TK, src_R, choice_R, row_TK)
