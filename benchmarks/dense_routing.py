@@ -13,11 +13,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.depth_measure import executed, milliseconds, training_mib
-from benchmarks.depth_tasks import TASKS, Bench, Setting, one_thread, quality, settings
+from benchmarks.depth_bench import Bench, one_thread, quality, soft_gap
+from benchmarks.depth_measure import Model, executed, milliseconds, training_mib
+from benchmarks.depth_tasks import TASKS, Setting, settings
 from benchmarks.results import Row, provenance, save
 from moe_router.config import DataConfig
-from moe_router.models import Classifier
+from moe_router.models import CausalLM
 from moe_router.training.data import make_tokenizer
 from moe_router.training.loop import Trainer
 
@@ -44,16 +45,18 @@ class Rows:
         mine, rivals = (
             [self._quality(n, seed) for seed in self.seeds] for n in (name, setting.rival)
         )
-        mean = statistics.mean(mine)
+        mean, rival = statistics.mean(mine), statistics.mean(rivals)
+        text = isinstance(self._model(name)[0], CausalLM)  # of bits the fewer are the better
         return {
             "name": f"{self.bench.name}/{name}",
             "value": round(mean, 4),
-            "unit": "accuracy",
+            "unit": "bits per byte" if text else "accuracy",
             "seeds": [round(v, 4) for v in mine],
             "mean": round(mean, 4),
             "std": round(statistics.stdev(mine), 4) if len(mine) > 1 else None,
             "rival": f"{self.bench.name}/{setting.rival}",
-            "retained": round(mean / statistics.mean(rivals), 4),
+            "retained": round(rival / mean if text else mean / rival, 4),
+            "soft_gap": self._soft_gap(setting),
             "noun": self.bench.task.noun,
             **self._executed(setting),
             **self._speed(setting),
@@ -69,9 +72,8 @@ class Rows:
             self._trainers[key] = self.bench.trained(setting, seed, flops)
         return self._trainers[key]
 
-    def _model(self, name: str) -> tuple[Classifier, Any]:
+    def _model(self, name: str) -> tuple[Model, Any]:
         trainer = self._trainer(name, self.seeds[0])
-        assert isinstance(trainer.model, Classifier)
         return trainer.model, trainer.config
 
     def _quality(self, name: str, seed: int) -> float:
@@ -79,6 +81,14 @@ class Rows:
         if key not in self._qualities:
             self._qualities[key] = quality(self._trainer(name, seed))
         return self._qualities[key]
+
+    def _soft_gap(self, setting: Setting) -> float | None:
+        """Nats, mean over the seeds; None where no threshold was ever soft."""
+        routing = setting.routing
+        if routing is None or routing.kind != "halt" or routing.halting == "act":
+            return None
+        gaps = [soft_gap(self._trainer(setting.name, seed)) for seed in self.seeds]
+        return round(statistics.mean(gaps), 5)
 
     def _executed(self, setting: Setting) -> Row:
         of = executed(*self._model(setting.name), self.bench.counted())
@@ -128,15 +138,23 @@ class Rows:
 
 def files_of(name: str, folder: Path, runs: Path) -> tuple[str, ...]:
     """Keys of the config that say where the data of a task lies."""
+    if name == "enwik8":
+        return (f"data.path={folder / 'enwik8.xz'}",)
+    if name == "cifar":
+        file = folder / "cifar10_jpeg.npz"
+        return (f"data.path={file}", f"data.val_path={file}")
     if name == "fashion":
         images = [folder / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
         found = [p if p.exists() else p.with_name(p.name + ".gz") for p in images]
         return (f"data.path={found[0]}", f"data.val_path={found[1]}")
-    train, held_out = (folder / f"stsa.binary.{part}" for part in ("train", "dev"))
-    tokenizer = runs / "sst2.json"
+    files, labels = ("stsa.binary.train", "stsa.binary.dev"), ("0", "1")
+    if name == "imdb":
+        files = ("train.jsonl.xz", "test.jsonl.xz")
+    train, held_out = (folder / file for file in files)
+    tokenizer = runs / f"{name}.json"
     if not tokenizer.exists():
         runs.mkdir(parents=True, exist_ok=True)
-        texts = DataConfig(source="labelled", path=str(train), labels=("0", "1"))
+        texts = DataConfig(source="labelled", path=str(train), labels=labels)
         make_tokenizer(texts, VOCAB, tokenizer)
     return (f"data.path={train}", f"data.val_path={held_out}", f"data.tokenizer={tokenizer}")
 

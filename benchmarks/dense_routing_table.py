@@ -13,20 +13,23 @@ from benchmarks.results import ROOT, Row
 PAGE = ROOT.parent / "docs" / "results" / "dense_routing.md"
 CONTROLS = ("frozen", "position", "equal")
 HEAD = (
-    "| row | accuracy | retained | executed FLOPs a token, p5 / p50 / p95 | FLOPs / | "
+    "| row | quality | retained | executed FLOPs a token, p5 / p50 / p95 | FLOPs / | "
     "batch 1, ms | x | over FLOPs | a second, at batch | x | over FLOPs | training keeps, MiB | "
-    "routers: parameters, FLOPs |"
+    "routers: parameters, FLOPs | soft to hard, nats |"
 )
 INTRO = """# Routing in depth on dense layers
 
-One table for each task. *Retained* is the accuracy over that of the dense model that was trained
-as long. *FLOPs /* is by how much the executed FLOPs of the blocks, routers included, are fewer than
-the dense model's; p5, p50 and p95 are over the tokens that came in (what a merged token costs is
-counted for the one whose place it keeps). *x* is the wall-clock of the full dense model over ours,
-the same kernels and padding-free batches, timed in turn, the many a second each at its own best
-batch; *over FLOPs* divides it by the saving in FLOPs: 1 means that every FLOP saved is time saved.
-On a CPU the time is that of the one thread that computes. *Training keeps* is what one step of 64
-keeps for its backward pass; peak memory of inference is not measured on a CPU.
+One table for each task. *Quality* is accuracy, or, of text, bits per byte, of which fewer are
+better. *Retained* is the accuracy over that of the dense model that was trained as long, or its
+bits per byte over ours. *Soft to hard* is what the threshold costs that makes tokens leave, over a
+model of the same weights in which nobody does and everybody weighs what its router says. *FLOPs /*
+is by how much the executed FLOPs of the blocks, routers included, are fewer than the dense model's;
+p5, p50 and p95 are over the tokens that came in (what a merged token costs is counted for the one
+whose place it keeps). *x* is the wall-clock of the full dense model over ours, the same kernels and
+padding-free batches, timed in turn, the many a second each at its own best batch; *over FLOPs*
+divides it by the saving in FLOPs: 1 means that every FLOP saved is time saved. On a CPU the time is
+that of the one thread that computes. *Training keeps* is what one step of 64 keeps for its backward
+pass; peak memory of inference is not measured on a CPU.
 
 Controls of a headline row: `frozen`, a random router that never learns (of `merge`: a random
 projection of the tokens in the place of the keys); `position`, a router that sees no content;
@@ -52,6 +55,7 @@ def table(name: str, rows: list[Row]) -> list[str]:
 
 
 def cells(row: Row) -> list[str]:
+    gap = row.get("soft_gap")
     std = "" if row["std"] is None else f" ± {row['std']:.4f}"
     one, many = row["one"], row["many"]
     return [
@@ -67,7 +71,9 @@ def cells(row: Row) -> list[str]:
         f"{many['speedup']:.2f}",
         f"{many['speedup'] / row['flops_speedup']:.2f}",
         f"{row['training_mib']} (dense {row['training_mib_dense']})",
-        f"{row['router_parameters']}, {row['router_flops'] / row['flops']:.2%}",
+        f"{row['router_parameters']} ({row['router_parameters'] / row['parameters']:.2%}), "
+        f"{row['router_flops'] / row['flops']:.2%}",
+        "-" if gap is None else f"{gap:+.4f}",
     ]
 
 
@@ -95,10 +101,11 @@ def verdicts(of: dict[str, Row]) -> list[str]:
 def verdict(row: Row, control: Row) -> str:
     """In words: ahead, not ahead, or too few seeds to say."""
     gap = row["mean"] - control["mean"]
+    better = -gap if row["unit"] == "bits per byte" else gap
     if min(len(row["seeds"]), len(control["seeds"])) < 3:
         return f"{gap:+.4f}, too few seeds to claim anything"
     pooled = math.sqrt((row["std"] ** 2 + control["std"] ** 2) / 2)
-    ahead = gap / max(pooled, 1e-9)
+    ahead = better / max(pooled, 1e-9)
     return f"{gap:+.4f}, {ahead:+.1f} pooled std: " + ("ahead" if ahead > 1 else "**not ahead**")
 
 

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.memory import kept_bytes
 from moe_router import Context, Ledger
 from moe_router.config import Config
-from moe_router.models import Classifier, token_loss
+from moe_router.models import CausalLM, Classifier, token_loss
 from moe_router.training.data import Batch
 from moe_router.types import Choice, Plan
 from moe_router_kernels import reference
+
+Model = CausalLM | Classifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Executed:
 
 
 @torch.no_grad()
-def executed(model: Classifier, config: Config, batches: list[Batch]) -> Executed:
+def executed(model: Model, config: Config, batches: list[Batch]) -> Executed:
     """Who ran is observed, block by block; what it costs is checked against the Ledger.
 
     Only for models without experts.
@@ -44,7 +47,7 @@ def executed(model: Classifier, config: Config, batches: list[Batch]) -> Execute
     each: list[Tensor] = []
     ledger = Ledger()
     for batch in batches:
-        ran: list[Tensor] = []
+        ran: dict[int, Tensor] = {}
         context = Context(ledger=ledger, observe=_note(ran))
         model(batch.ids_T, batch.position_T, batch.offsets_B1, context=context)
         each.append(_flops_of_tokens(config, batch.offsets_B1, ran).cpu())
@@ -61,20 +64,20 @@ def executed(model: Classifier, config: Config, batches: list[Batch]) -> Execute
 
 def dense_flops(config: Config, batches: list[Batch]) -> float:
     """Of the blocks, per token, if every token takes every block."""
-    each = [_flops_of_tokens(config, batch.offsets_B1, []) for batch in batches]
+    each = [_flops_of_tokens(config, batch.offsets_B1, {}) for batch in batches]
     return float(torch.cat(each).double().mean())
 
 
-def _note(ran: list[Tensor]) -> Callable[[int, Choice, Plan], None]:
+def _note(ran: dict[int, Tensor]) -> Callable[[int, Choice, Plan], None]:
     def observe(layer: int, choice: Choice, plan: Plan) -> None:
-        assert layer == len(ran)
-        ran.append(choice.target_TK[:, 0] >= 0)
+        assert layer not in ran
+        ran[layer] = choice.target_TK[:, 0] >= 0
 
     return observe
 
 
-def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: list[Tensor]) -> Tensor:
-    """(T,) int64. `ran` says for each block which tokens its feed-forward computed; none: all."""
+def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: dict[int, Tensor]) -> Tensor:
+    """(T,) int64. `ran` says which tokens the feed-forward of a block computed; not in it: all."""
     model, T = config.model, int(offsets_B1[-1])
     sequence_T = reference.sequence_of(offsets_B1, T)
     all_T = torch.ones(T, dtype=torch.bool)
@@ -82,13 +85,16 @@ def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: list[Tensor]) -> T
     D, width, kv_width = (model.dim, *(model.channels * n for n in (model.heads, model.kv_heads)))
     flops_T = torch.zeros(T, dtype=torch.int64)
     before_T = all_T
-    for layer in range(model.layers):
-        fed_T = ran[layer].cpu() if ran else all_T
+    for layer in range(model.steps):
+        fed_T = ran[layer].cpu() if layer in ran else all_T
         # tokens merge between attention and feed-forward; else both compute the same ones
         attended_T = before_T if merges else fed_T
-        seen_B = torch.zeros(offsets_B1.numel() - 1, dtype=torch.int64)
-        seen_B.scatter_add_(0, sequence_T, attended_T.long())
-        attention_T = 2 * (2 * D * width + 2 * D * kv_width) + 4 * width * seen_B[sequence_T]
+        # of its sequence, or of that up to the token itself
+        before_T1 = F.pad(attended_T.long().cumsum(0), (1, 0))
+        start_B, end_B = before_T1[offsets_B1[:-1].long()], before_T1[offsets_B1[1:].long()]
+        causal = model.kind == "causal_lm"
+        seen_T = (before_T1[1:] if causal else end_B[sequence_T]) - start_B[sequence_T]
+        attention_T = 2 * (2 * D * width + 2 * D * kv_width) + 4 * width * seen_T
         flops_T += attended_T * attention_T + fed_T * (6 * D * model.hidden)
         before_T = fed_T
     return flops_T
@@ -96,7 +102,7 @@ def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: list[Tensor]) -> T
 
 @torch.no_grad()
 def milliseconds(
-    models: dict[str, Classifier], batch: Batch, *, seconds: float
+    models: dict[str, Model], batch: Batch, *, seconds: float
 ) -> dict[str, tuple[float, float]]:
     """Median and p90 of one forward pass; contenders in turn, so that they share what else the
     machine does. On a CPU, where one thread computes, of that thread's own time: what else runs on
@@ -121,18 +127,18 @@ def milliseconds(
     }
 
 
-def _forward(model: Classifier, batch: Batch) -> None:
+def _forward(model: Model, batch: Batch) -> None:
     model(batch.ids_T, batch.position_T, batch.offsets_B1)
     if batch.ids_T.is_cuda:
         torch.cuda.synchronize()
 
 
-def training_mib(model: Classifier, batch: Batch) -> float:
+def training_mib(model: Model, batch: Batch) -> float:
     """What one step keeps for its backward pass, beside weights: the same on every device."""
     model.train()
 
     def run() -> Tensor:
         output = model(batch.ids_T, batch.position_T, batch.offsets_B1)
-        return token_loss(output.logits_BC, batch.target_N)
+        return token_loss(output.logits, batch.target_N)
 
     return kept_bytes(run, model.parameters()) / 2**20

@@ -80,7 +80,7 @@ class FixedStep:
         require(config.moe is None, "model.moe", "a section", "null, for steps of fixed shapes")
         self._model = model
         each = -(-slots // PAGE)
-        channels = config.dim // config.heads
+        channels = config.channels
         pages = 1 + config.steps * sequences * each
         pages_2NJSC = weight.new_zeros(2, pages, config.kv_heads, PAGE, channels)
         ids = torch.arange(1, pages, dtype=torch.int32, device=weight.device)

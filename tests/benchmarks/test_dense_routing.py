@@ -7,14 +7,19 @@ import pytest
 import torch
 
 from benchmarks import dense_routing, dense_routing_table, depth_measure, depth_tasks, results
+from benchmarks.depth_bench import Bench, equal_flops
 from benchmarks.depth_measure import dense_flops
-from benchmarks.depth_tasks import Bench, equal_flops, settings
+from benchmarks.depth_tasks import settings
+from moe_router.config import RoutingConfig
 from moe_router.cost import cost
 from moe_router.training.data import val_batches
 from tests.training.data.images_work import write_idx
 
 TINY = ("model.dim=32", "model.hidden=64", "model.heads=2", "model.kv_heads=2", "train.batch=8")
-KEEPS = {"prune": (0.6,), "merge": (0.7,)}
+ROUTINGS = {
+    "prune/0.6": RoutingConfig(kind="prune", keep=0.6, every=1, first=0),
+    "merge/0.7": RoutingConfig(kind="merge", keep=0.7, every=1, first=0),
+}
 
 
 @pytest.fixture
@@ -22,7 +27,7 @@ def folder(tmp_path, monkeypatch):
     """Twelve rows of random images, two steps of training."""
     for part, count in (("train", 40), ("t10k", 20)):
         write_idx(tmp_path, part, count, size=28, noise=True)
-    task = replace(depth_tasks.TASKS["fashion"], steps=2, tune=1, keeps=KEEPS)
+    task = replace(depth_tasks.TASKS["fashion"], steps=2, tune=1, routings=ROUTINGS)
     monkeypatch.setitem(depth_tasks.TASKS, "fashion", task)
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(dense_routing, "BATCHES", (2, 4))
@@ -93,8 +98,13 @@ def test_the_equal_model_executes_as_much(folder, share):
 
 
 def test_a_verdict_wants_three_seeds_and_a_pooled_std():
-    row = {"mean": 0.9, "std": 0.01, "seeds": [0.9] * 3}
+    row = {"mean": 0.9, "std": 0.01, "seeds": [0.9] * 3, "unit": "accuracy"}
     near, far = row | {"mean": 0.895}, row | {"mean": 0.88}
     assert "not ahead" in dense_routing_table.verdict(row, near)
     assert dense_routing_table.verdict(row, far).endswith("+2.0 pooled std: ahead")
     assert "too few" in dense_routing_table.verdict(row, far | {"seeds": [0.88]})
+    bits = row | {"unit": "bits per byte"}  # fewer are better
+    assert "not ahead" in dense_routing_table.verdict(bits, far)
+    assert dense_routing_table.verdict(bits, row | {"mean": 0.92}).endswith(
+        "+2.0 pooled std: ahead"
+    )
