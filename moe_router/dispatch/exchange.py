@@ -71,10 +71,10 @@ def start_exchange(
     """`exchange`, and what to call before the rows are used."""
     x, out = x.contiguous(), x.new_empty((sum(receive), *x.shape[1:]))
     work = dist.all_to_all_single(out, x, receive, send, group=group, async_op=True)
-    return out, partial(_finish, work, x)
+    return out, partial(finish, work, x)
 
 
-def _finish(work: Any, sent: Tensor) -> None:
+def finish(work: Any, sent: Tensor) -> None:
     """The sent rows are kept until here."""
     work.wait()
 

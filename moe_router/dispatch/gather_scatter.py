@@ -6,6 +6,7 @@ is the collective's, in the dtype of the rows: on more than two ranks 16-bit sum
 than the others' fp32 ones do.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.dispatch.base import Dispatcher, Group, Received
-from moe_router.dispatch.exchange import pack, unpack
+from moe_router.dispatch.exchange import Travel, Wait, finish, pack, unpack
 from moe_router.dispatch.where import Tables, pad, plan_within, rows_of_experts
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
@@ -37,23 +38,49 @@ def reduce_scatter(x: Tensor, ranks: int, group: Group) -> Tensor:
     return out
 
 
+def start_all_gather(x: Tensor, ranks: int, group: Group) -> tuple[Tensor, Wait]:
+    """`all_gather`, and what to call before the rows are used."""
+    out = x.new_empty((ranks * x.size(0), *x.shape[1:]))
+    work = _gather_all(out, x.contiguous(), group=group, async_op=True)
+    return out, partial(finish, work, x)
+
+
+def start_reduce_scatter(x: Tensor, ranks: int, group: Group) -> tuple[Tensor, Wait]:
+    """`reduce_scatter`, and what to call before the rows are used."""
+    x, out = x.contiguous(), x.new_empty((x.size(0) // ranks, *x.shape[1:]))
+    work = _sum_apart(out, x, group=group, async_op=True)
+    return out, partial(finish, work, x)
+
+
 class _Share(torch.autograd.Function):
-    """Rows, weights and ids to all ranks; gradients of rows and weights are summed home."""
+    """Weights and ids to all ranks, then rows, which go on travelling; gradients of rows and
+    weights are summed home."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_TK: Tensor, id_TK: Tensor, ranks: int, group: Group
+        ctx: Any,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        id_TK: Tensor,
+        ranks: int,
+        group: Group,
+        started: list[Travel],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.way = (ranks, group)
         packed = all_gather(pack(weight_TK, id_TK), ranks, group)
+        x_ND, wait = start_all_gather(x_TD, ranks, group)
+        ctx.way = (ranks, group)
+        ctx.travel = Travel(wait, lambda grad_ND: start_reduce_scatter(grad_ND, ranks, group))
+        started.append(ctx.travel)
         weight_NK, id_NK = unpack(packed, weight_TK.dtype, id_TK.size(1))
         ctx.mark_non_differentiable(id_NK)
-        return all_gather(x_TD, ranks, group), weight_NK, id_NK
+        return x_ND, weight_NK, id_NK
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_TD, grad_TK = (reduce_scatter(grad, *ctx.way) for grad in grads[:2])
-        return grad_TD, grad_TK, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_TD = ctx.travel.come_home()
+        if grad_TD is None:
+            grad_TD = reduce_scatter(grads[0], *ctx.way)
+        return grad_TD, reduce_scatter(grads[1], *ctx.way), *[None] * 4
 
 
 class _SumHome(torch.autograd.Function):
@@ -92,23 +119,25 @@ class GatherScatter(Dispatcher):
         first_token: int = 0,
     ) -> Received:
         tokens, (T, K) = self._tokens, choice.target_TK.shape
-        where = self._tables.find(choice, plan, placement, first_token)
+        rank_TK, slot_TK = self._tables.find(choice, plan, placement, first_token)
         most = max(map(len, placement.experts_of_rank))
-        id_TK = torch.where(where.rank_TK < 0, -1, where.rank_TK * most + where.slot_TK)
+        id_TK = torch.add(slot_TK, rank_TK, alpha=most)  # below 0 where nobody serves a choice
+        started: list[Travel] = []
         x_ND, weight_NK, id_NK = _Share.apply(  # type: ignore[no-untyped-call]
             pad(x_TD, tokens), pad(choice.weight_TK, tokens), pad(id_TK, tokens, -1),
-            self.ranks, self.group,
+            self.ranks, self.group, started,
         )  # fmt: skip
-        here_NK = (id_NK >= 0) & (id_NK // most == self.rank)
-        id_NK = torch.where(here_NK, id_NK % most, -1)
-        weight_NK = weight_NK.masked_fill(~here_NK, 0.0)
+        id_NK = id_NK - self.rank * most
+        elsewhere_NK = (id_NK < 0) | (id_NK >= most)
+        id_NK = id_NK.masked_fill(elsewhere_NK, -1)
+        weight_NK = weight_NK.masked_fill(elsewhere_NK, 0.0)
         held = len(placement.experts_of_rank[self.rank])
         bound = (tokens, placement, self.rank, K, self.ranks * tokens, self._factor)
         local, too_few = plan_within(id_NK, held, rows_of_experts(*bound))
         overflow = id_NK.new_full((), int(tokens < T))
         if too_few is not None:
             overflow |= too_few
-        return Received(x_ND, Choice(id_NK, weight_NK), local, T, overflow)
+        return Received(x_ND, Choice(id_NK, weight_NK), local, T, overflow, started[0].arrive)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:
         home_TD = _SumHome.apply(y_ND, self.ranks, self.group)  # type: ignore[no-untyped-call]

@@ -6,7 +6,15 @@ import itertools
 import torch
 
 from moe_router.config import MoEConfig
-from moe_router.dispatch import AllToAll, GatherScatter, Local, Padded, PeerMemory, exchange
+from moe_router.dispatch import (
+    AllToAll,
+    GatherScatter,
+    Local,
+    Padded,
+    PeerMemory,
+    exchange,
+    gather_scatter,
+)
 from moe_router.layers.experts import Experts
 from moe_router.layers.moe import MoE
 from moe_router.placement import Placement
@@ -204,25 +212,38 @@ def move_parts(rank, ranks, name, cases, device="cpu"):
     return [move_part(rank, ranks, name, *case, device=device) for case in cases]
 
 
-def run_with_log(rank, ranks, variant):
+STARTS = {
+    "all_to_all": (exchange, ["start_exchange"]),
+    "padded": (exchange, ["start_exchange"]),
+    "gather_scatter": (gather_scatter, ["start_all_gather", "start_reduce_scatter"]),
+}
+
+
+def run_with_log(rank, ranks, name, variant):
     """What a layer with a shared expert does, in order, forward and backward."""
     layer = shard(
         whole_layer(MoEConfig(**variant)), Placement.contiguous(variant["experts"], ranks), rank,
-        AllToAll(),
+        transport(name, (0, 7)),
     )  # fmt: skip
-    log, real = [], exchange.start_exchange
+    log, (module, names) = [], STARTS[name]
 
-    def logged(*args):
-        log.append("rows leave")
-        out, wait = real(*args)
-        return out, lambda: (wait(), log.append("rows are waited for"))
+    def logged(real):
+        def start(*args):
+            log.append("rows leave")
+            out, wait = real(*args)
+            return out, lambda: (wait(), log.append("rows are waited for"))
+
+        return start
 
     layer.shared.register_forward_hook(lambda *_: log.append("shared expert"))
     layer.shared.register_full_backward_hook(lambda *_: log.append("shared expert, backward"))
     x_TD = batch(7)[0].requires_grad_()
-    exchange.start_exchange = logged
+    real = {each: getattr(module, each) for each in names}
     try:
+        for each in names:
+            setattr(module, each, logged(real[each]))
         layer(packed(x_TD)).delta_TD.sum().backward()
     finally:
-        exchange.start_exchange = real
+        for each in names:
+            setattr(module, each, real[each])
     return log
