@@ -175,6 +175,7 @@ class ClusterConfig:
     replicate_every: int = 0  # steps between replicas in peers' memory; 0: none
     spare_s: float = 60.0  # to wait for a lost actor's new place; then fewer actors go on
     transport: Transport = "all_to_all"  # how tokens reach experts of other actors, in training
+    expert_ranks: int | None = None  # actors that share one set of experts; null: all of them
     row_bound: float = 2.0  # rows of a static transport, as a multiple of the mean load
 
     def __post_init__(self) -> None:
@@ -184,6 +185,9 @@ class ClusterConfig:
         require(every >= 0, "cluster.replicate_every", every, "0 or more steps")
         require(self.spare_s > 0, "cluster.spare_s", self.spare_s, "above 0 seconds")
         require(self.timeout_s > 0, "cluster.timeout_s", self.timeout_s, "above 0 seconds")
+        row, wanted = self.expert_ranks, f"null or a divisor of {self.actors} (cluster.actors)"
+        fits = row is None or (row >= 1 and self.actors % row == 0)
+        require(fits, "cluster.expert_ranks", row, wanted)
         require(self.row_bound >= 1, "cluster.row_bound", self.row_bound, "at least 1, the mean")
 
 

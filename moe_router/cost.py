@@ -103,8 +103,9 @@ def cost(config: Config, vocab: int = BYTE_VOCAB) -> Cost:
 def _bytes_per_rank(parts: Iterable[Part], config: Config) -> int:
     """Rank 0 is the fullest: it holds an expert more where they do not divide evenly."""
     ranks, moe, held = config.cluster.actors, config.model.moe, 1.0
+    share = config.cluster.expert_ranks or ranks
     if moe is not None:
-        held = len(Placement.contiguous(moe.experts, ranks).experts_of_rank[0]) / moe.experts
+        held = len(Placement.contiguous(moe.experts, share).experts_of_rank[0]) / moe.experts
     dense = 1 / ranks if config.train.dense == "fsdp" else 1.0
     shares = (part.bytes * (held if part.name == "experts" else dense) for part in parts)
     return round(_TRAINED * sum(shares))

@@ -58,6 +58,10 @@ class Dispatcher(Protocol):
     rank: int
     ranks: int
 
+    def place(self, experts: int) -> Placement:
+        """Where experts are unless someone says otherwise: neighbours together."""
+        return Placement.contiguous(experts, self.ranks)
+
     def dispatch(
         self,
         x_TD: Tensor,

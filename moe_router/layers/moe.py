@@ -23,7 +23,7 @@ class MoE(nn.Module):
         config: experts, top_k, hidden, and how to route; see `MoEConfig`.
         layer: index in the model: names the noise and the observed choices.
         dispatcher: how tokens reach experts on other ranks; default: all experts are here.
-        placement: which rank holds which expert, or a copy; default: neighbours together.
+        placement: which rank holds which expert, or a copy; default: the dispatcher's `place`.
         kernels: `auto` is the fastest that runs here, `triton` insists on the Triton kernels,
             `reference` is the specification.
     """
@@ -44,7 +44,7 @@ class MoE(nn.Module):
         self.layer = layer
         self.dispatcher = dispatcher or Local()
         ranks = self.dispatcher.ranks
-        self.placement = placement or Placement.contiguous(config.experts, ranks)
+        self.placement = placement or self.dispatcher.place(config.experts)
         if (self.placement.experts, self.placement.ranks) != (config.experts, ranks):
             raise ConfigError(
                 f"placement of {self.placement.experts} experts on {self.placement.ranks} ranks: "

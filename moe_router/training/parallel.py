@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from moe_router.dispatch import Grid
+from moe_router.dispatch.base import Group
 from moe_router.layers.moe import MoE
 from moe_router.models import CausalLM, Classifier
 from moe_router.training.optimizer import square_sum
@@ -106,6 +108,9 @@ def share_gradients(model: nn.Module, owned: Ownership) -> None:
 def _sum_copies(model: nn.Module) -> None:
     """Sum the gradients of the copies of an expert, in place: each copy gets the whole one."""
     for moe in moe_layers(model):
+        if isinstance(moe.dispatcher, Grid):  # a column holds the same experts in the same slots
+            sum_gradients(list(moe.experts.parameters()), moe.dispatcher.groups.column)
+            continue
         repeated = [e for e, copies in enumerate(moe.placement.copies()) if len(copies) > 1]
         held = moe.placement.experts_of_rank[moe.dispatcher.rank]
         here = [i for i, e in enumerate(repeated) if e in held]
@@ -118,23 +123,23 @@ def _sum_copies(model: nn.Module) -> None:
             parameter.grad[slots] = moe.dispatcher.total(summed)[here]
 
 
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum gradients over all ranks, in place, in few messages and a fixed order."""
+def sum_gradients(parameters: list[nn.Parameter], group: Group = None) -> None:
+    """Sum gradients over the ranks of a group, in place, in few messages and a fixed order."""
     bucket: list[Tensor] = []
     size = 0
     for grad in local_gradients(parameters):
         bucket.append(grad)
         size += grad.numel()
         if size >= BUCKET:
-            _sum_bucket(bucket)
+            _sum_bucket(bucket, group)
             bucket, size = [], 0
     if bucket:
-        _sum_bucket(bucket)
+        _sum_bucket(bucket, group)
 
 
-def _sum_bucket(grads: list[Tensor]) -> None:
+def _sum_bucket(grads: list[Tensor], group: Group) -> None:
     flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group)
     parts = torch.split(flat, [grad.numel() for grad in grads])
     for grad, part in zip(grads, parts, strict=True):
         grad.copy_(part.view_as(grad))

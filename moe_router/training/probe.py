@@ -53,7 +53,7 @@ class Probe:
         self._seconds += time.perf_counter() - started
 
 
-class _Watched:
+class _Watched(Dispatcher):
     """A dispatcher that tells a probe."""
 
     def __init__(self, inner: Dispatcher, probe: Probe) -> None:
@@ -63,7 +63,7 @@ class _Watched:
     def dispatch(self, *args: Any, **named: Any) -> Received:
         with self._probe.timed():
             received = self._inner.dispatch(*args, **named)
-        self._probe.arrived(received.x_ND)
+        self._probe.arrived(received.coming_ND)  # asking for x_ND would wait for the rows
         return received
 
     def combine(self, *args: Any, **named: Any) -> Tensor:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_router.config import Config
-from moe_router.dispatch import AllToAll, Bounded, Dispatcher, Local
+from moe_router.dispatch import AllToAll, Bounded, Dispatcher, Grid, Groups, Local
+from moe_router.dispatch.base import Group
 from moe_router.dispatch.link import RATES, Link, Problem, choose, measure
 from moe_router.dispatch.transports import NAMES, make_transport
 from moe_router.observability.files import write_atomic
@@ -28,20 +30,48 @@ def training_dispatcher(
     """
     if ranks == 1:
         return Local()
+    size = config.cluster.expert_ranks or ranks
+    if size == ranks or ranks % size:  # fewer ranks went on than the row divides: one row
+        return _in_row(config, ranks, None, ranks, device, run_dir)
+    groups = Groups.form(size, config.cluster.timeout_s)
+    return Grid(_in_row(config, size, groups.row, ranks, device, run_dir), groups)
+
+
+def _in_row(
+    config: Config,
+    size: int,
+    group: Group,
+    ranks: int,
+    device: torch.device,
+    run_dir: Path | None,
+) -> Dispatcher:
+    """Among the ranks that share one set of experts.
+
+    Args:
+        size, group: of them.
+        ranks: all; the batch is cut for these.
+    """
+    if size == 1:
+        return Local()
     rows = config.train.batch // config.train.accumulation // ranks
     tokens, factor = rows * config.data.seq_len, config.cluster.row_bound
     name: str = config.cluster.transport
     if name == "auto":
-        name = _chosen(config, ranks, tokens, device, run_dir)
-    exact = AllToAll()
+        name = _chosen(config, size, group, tokens, device, run_dir)
+    exact = AllToAll(group)
     if name == "all_to_all":
         return exact
     timeout_s = config.cluster.timeout_s
-    return Bounded(make_transport(name, tokens, factor, timeout_s=timeout_s), exact)
+    return Bounded(make_transport(name, tokens, factor, group, timeout_s), exact)
 
 
 def _chosen(
-    config: Config, ranks: int, tokens: int, device: torch.device, run_dir: Path | None
+    config: Config,
+    ranks: int,
+    group: Group,
+    tokens: int,
+    device: torch.device,
+    run_dir: Path | None,
 ) -> str:
     moe = config.model.moe
     if moe is None or device.type != "cuda":
@@ -50,24 +80,36 @@ def _chosen(
         return "all_to_all"
     itemsize = 2 if config.train.precision == "bf16" else 4
     problem = Problem(tokens, moe.top_k, moe.experts, ranks, config.model.dim, itemsize)
-    return choose(remembered_link(ranks, device, run_dir), problem, config.cluster.row_bound)
+    return choose(remembered_link(ranks, device, run_dir, group), problem, config.cluster.row_bound)
 
 
-def remembered_link(ranks: int, device: torch.device, run_dir: Path | None) -> Link:
+def remembered_link(
+    ranks: int, device: torch.device, run_dir: Path | None, group: Group = None
+) -> Link:
     """The run's link as it was measured when the run began, equal on all ranks."""
     first = dist.get_rank() == 0
     numbers = torch.zeros(len(RATES) + len(NAMES), dtype=torch.float64, device=device)
     if first and run_dir is not None and (run_dir / LINK).is_file():
         old = Link(**json.loads((run_dir / LINK).read_text()))
         if (old.ranks, old.device) == (ranks, device.type):
-            found = [*(old.bytes_per_s[n] for n in RATES), *(old.fixed_s[n] for n in NAMES)]
-            numbers.copy_(torch.tensor(found, dtype=torch.float64))
+            numbers.copy_(torch.tensor(_numbers(old), dtype=torch.float64))
     dist.broadcast(numbers, 0)
     if numbers[0] > 0:
-        rates, fixed = numbers[: len(RATES)].tolist(), numbers[len(RATES) :].tolist()
-        pairs = (dict(zip(RATES, rates, strict=True)), dict(zip(NAMES, fixed, strict=True)))
-        return Link(ranks, device.type, *pairs)
-    link = measure(device)
+        return _link(ranks, device, numbers)
+    link = measure(device, group)
+    numbers.copy_(torch.tensor(_numbers(link), dtype=torch.float64))
+    dist.broadcast(numbers, 0)  # every row measured its own
+    link = _link(ranks, device, numbers)
     if first and run_dir is not None:
         write_atomic(run_dir / LINK, json.dumps(asdict(link), indent=1).encode() + b"\n")
     return link
+
+
+def _numbers(link: Link) -> list[float]:
+    return [*(link.bytes_per_s[n] for n in RATES), *(link.fixed_s[n] for n in NAMES)]
+
+
+def _link(ranks: int, device: torch.device, numbers: Tensor) -> Link:
+    rates, fixed = numbers[: len(RATES)].tolist(), numbers[len(RATES) :].tolist()
+    pairs = (dict(zip(RATES, rates, strict=True)), dict(zip(NAMES, fixed, strict=True)))
+    return Link(ranks, device.type, *pairs)
