@@ -43,6 +43,7 @@ from moe_router.serving.requests import Ask, Request, Work
 from moe_router.serving.scheduler import Limits
 
 GOALS = {1: 940.0, 16: 3000.0, 64: 9000.0, 256: 20000.0}
+READ = 8192  # prompt tokens of a pass
 NEAR = 0.5  # standard deviations
 
 
@@ -111,11 +112,12 @@ def step_alone(
     """Milliseconds of a step without the host, and what it is. watch: is entered meanwhile."""
     decoder = group._decoder
     sampling = Sampling(max_new_tokens=4 * count, temperature=0.0)
-    work = Work(tuple(Request(-1 - i, prompt, sampling) for i, prompt in enumerate(prompts)))
-    decoder.step(work)
-    decoder.step(Work())
+    admit = tuple(Request(-1 - i, prompt, sampling) for i, prompt in enumerate(prompts))
+    decoder.step(Work(admit, read=READ))
     steps = decoder._steps
     assert steps is not None
+    while not steps.bucket:
+        decoder.step(Work(read=READ))
     steps.launch()
     _wait()
     with watch or nullcontext():
@@ -124,7 +126,7 @@ def step_alone(
             steps.launch()
         _wait()
         took = time.perf_counter() - began
-    decoder.step(Work(drop=tuple(request.id for request in work.admit)))
+    decoder.step(Work(drop=tuple(request.id for request in admit)))
     mode = "cpu" if not torch.cuda.is_available() else steps.uncaptured or "graph"
     return took / count * 1e3, mode
 
@@ -148,7 +150,7 @@ def measure(case: Case, model: CausalLM, streams: int, copy: float) -> Iterator[
     prompts = prompts_of(case, streams)
     group = OneRank(model, None)
     total = streams * (case.prompt + case.new)
-    limits = Limits(slots=streams, tokens=total, prefill=8192, queue=max(streams, 256))
+    limits = Limits(slots=streams, tokens=total, prefill=READ, queue=max(streams, 256))
 
     async def run() -> tuple[float, Answers]:
         async with Engine(group, Words(case.vocab), "random", limits=limits) as engine:

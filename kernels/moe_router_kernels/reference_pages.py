@@ -37,6 +37,15 @@ def read(pages_2NJSC: Tensor, table_BM: Tensor, length_B: Tensor) -> tuple[Tenso
     return tuple(x.masked_fill(unused_B1S1[:, None, :, None], 0) for x in (k, v))  # type: ignore[return-value]
 
 
+def gather(
+    pages_2NJSC: Tensor, table_BM: Tensor, row_T: Tensor, slot_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(T, J, C) keys and values in these slots: what `store` wrote there."""
+    S = pages_2NJSC.size(3)
+    page_T, inside_T = table_BM[row_T, slot_T // S].long(), slot_T.long() % S
+    return pages_2NJSC[0, page_T, :, inside_T], pages_2NJSC[1, page_T, :, inside_T]
+
+
 def attend(
     q_THC: Tensor, pages_2NJSC: Tensor, table_BM: Tensor, row_T: Tensor, seen_T: Tensor
 ) -> Tensor:

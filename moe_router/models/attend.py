@@ -40,11 +40,11 @@ def attend_packed(
     if packing.tokens == 0:
         # nothing, but keys and values take part: FSDP2 wants the same gradients on every rank
         return q_THC + k_TJC.sum() + v_TJC.sum()
-    if q_THC.is_cuda and q_THC.dtype in HALF and q_THC.size(-1) % 8 == 0:
+    if runs_flash(q_THC):
         if size_T is None:
-            return _flash(packing.causal)(q_THC, k_TJC, v_TJC, packing)
+            return flash(packing.causal)(q_THC, k_TJC, v_TJC, packing)
         more = _more_channels(q_THC, k_TJC, v_TJC, size_T)
-        return _flash(packing.causal)(*more, packing)[..., : q_THC.size(-1)]
+        return flash(packing.causal)(*more, packing)[..., : q_THC.size(-1)]
     sizes = [piece.tokens for piece in packing.pieces]
     # split, not slices: its backward is one concatenation
     q_parts, k_parts, v_parts = (torch.split(x, sizes) for x in (q_THC, k_TJC, v_TJC))
@@ -55,6 +55,11 @@ def attend_packed(
     parts = zip(q_parts, k_parts, v_parts, packing.pieces, masks, strict=True)
     out = [_attend_piece(*part, packing.causal) for part in parts]
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def runs_flash(q_THC: Tensor) -> bool:
+    """Whether torch's packed kernel takes these queries."""
+    return q_THC.is_cuda and q_THC.dtype in HALF and q_THC.size(-1) % 8 == 0
 
 
 def received(
@@ -141,8 +146,11 @@ def _attend_piece(
 
 
 @cache
-def _flash(causal: bool) -> Callable[[Tensor, Tensor, Tensor, Packing], Tensor]:
-    """torch's packed kernel. Imported on first use: it takes a second and torch._dynamo."""
+def flash(causal: bool) -> Callable[..., Tensor]:
+    """torch's packed kernel, of queries, keys and values and how they are packed. Where sequences
+    have more keys than queries, the last ones belong together. Imported on first use: it takes a
+    second and torch._dynamo.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     # 2.11 takes fewer key heads as they come, 2.13 wants to be told
@@ -152,9 +160,12 @@ def _flash(causal: bool) -> Callable[[Tensor, Tensor, Tensor, Packing], Tensor]:
     window = (-1, 0) if causal else (-1, -1)  # any way back; none ahead, or any
     attention = partial(packed, window_size=window, **word)
 
-    def attend(q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing) -> Tensor:
-        bounds, longest = packing.offsets_B1, packing.longest
-        y_THC: Tensor = attention(q_THC, k_TJC, v_TJC, bounds, bounds, longest, longest)
+    def attend(
+        q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing, keys: Packing | None = None
+    ) -> Tensor:
+        keys = keys or packing
+        bounds = packing.offsets_B1, keys.offsets_B1, packing.longest, keys.longest
+        y_THC: Tensor = attention(q_THC, k_TJC, v_TJC, *bounds)
         return y_THC
 
     return attend

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_router.models.attend import attend_packed
+from moe_router.models.attend import attend_packed, flash, runs_flash
 from moe_router.models.packing import Packing
 from moe_router_kernels import reference_pages
 from moe_router_kernels.paged_op import attend_pages
@@ -51,6 +51,14 @@ def attend_cached(
             y_RHC = attend_pages(q_RHC, pages_2NJSC, table_BM, part.row_B, slot_R + 1)
         elif way == "new":
             y_RHC = attend_packed(q_RHC, k_TJC[part.token_R], v_TJC[part.token_R], part.packing)
+        elif runs_flash(q_THC):
+            keys = Packing(
+                torch.tensor([0, *accumulate(held[row] + packing.lengths[row] for row in rows)]),
+                packing.device,
+            )
+            row_S = part.row_B[keys.sequence_T]
+            cache = reference_pages.gather(pages_2NJSC, table_BM, row_S, keys.rank_T)
+            y_RHC = flash(True)(q_RHC, *cache, part.packing, keys)
         else:
             most = max(held[row] + packing.lengths[row] for row in rows)
             table = table_BM[part.row_B, : -(-most // pages_2NJSC.size(3))]

@@ -1,17 +1,16 @@
 """One rank's part of serving: sequences that join and leave one batch.
 
-New prompts are read in one pass with the next tokens of the running sequences. While none comes,
-fixed steps decode (`models/steps.py`): on a GPU each is launched before the tokens of the one
-before it are read, so that the host's work is hidden. What fixed steps do not cover, depth routing,
-several ranks, traces and log-probabilities, is a pass a token. It does not cut a long prompt into
-parts.
+New prompts are read in one pass with the next tokens of the running sequences, a part of them if
+they are long. While there are none, fixed steps decode (`models/steps.py`): on a GPU each is
+launched before the tokens of the last one are read, which hides the host's work. What they do not
+cover, depth routing, several ranks, traces and log-probabilities, is a pass a token.
 """
 
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -34,10 +33,11 @@ class _Row:
 
     Attributes:
         noise_N: fp32, a number for each token that may be made.
-        feed: tokens that the next pass reads.
+        feed: tokens that are not in the cache yet; the last of them says what comes next.
         held: tokens in the cache.
         made: tokens of the answer so far.
         done: its last event was given, or nobody waits for it.
+        scores, trace: to be told with the next token.
     """
 
     request: Request
@@ -46,6 +46,8 @@ class _Row:
     held: int
     made: int
     done: bool = False
+    scores: list[Score] = field(default_factory=list)
+    trace: Trace | None = None
 
     @classmethod
     def of(cls, request: Request) -> "_Row":
@@ -108,7 +110,7 @@ class Decoder:
             self._rows += [_Row.of(request) for request in work.admit]
             self._cache.join(len(work.admit))
         if steps is None or not self._rows or not all(row.plain for row in self._rows):
-            return events + self._pass()
+            return events + self._pass(work.read)
         return events + self._fixed(steps)
 
     def _fixed(self, steps: Steps) -> list[Event]:
@@ -132,7 +134,7 @@ class Decoder:
         events = []
         for row, token in zip(self._rows, self._flying.popleft().tolist(), strict=True):
             if not row.done:
-                events.append(self._advance(row, token, None, ()))
+                events.append(self._advance(row, token))
         return events
 
     def _end_steps(self, steps: Steps) -> list[Event]:
@@ -143,29 +145,49 @@ class Decoder:
         self._keep([i for i, row in enumerate(self._rows) if not row.done])
         return events
 
-    def _pass(self) -> list[Event]:
+    def _pass(self, read: int) -> list[Event]:
         """Prompts and single tokens in one forward pass."""
-        bounds = [0, *accumulate(len(row.feed) for row in self._rows)]
-        watched = any(row.request.trace for row in self._rows)
+        rows, shares = self._rows, self._shares(read)
+        bounds = [0, *accumulate(shares)]
+        ready = [i for i, row in enumerate(rows) if shares[i] == len(row.feed)]
+        watched = any(row.request.trace for row in rows)
         tracer = Tracer(self._model.config.steps) if watched else None
-        scored = any(row.request.logprobs is not None for row in self._rows)
-        last_B = torch.tensor(bounds[1:], dtype=torch.int64).to(self._device) - 1
-        logits_TV = self._forward(bounds, tracer, None if scored else last_B)
-        token_B = self._choose(logits_TV[last_B] if scored else logits_TV)
-        traces = [None] * len(self._rows) if tracer is None else tracer.traces(bounds)
+        scored = any(row.request.logprobs is not None for row in rows)
+        last_R = torch.tensor([bounds[i + 1] - 1 for i in ready], dtype=torch.int64)
+        last_R = last_R.to(self._device)
+        logits_TV = self._forward(bounds, tracer, None if scored else last_R)
+        tokens = self._choose([rows[i] for i in ready], logits_TV[last_R] if scored else logits_TV)
+        chosen = dict(zip(ready, tokens, strict=True))
+        traces = [None] * len(rows) if tracer is None else tracer.traces(bounds)
         events = []
-        for i, (row, token) in enumerate(zip(self._rows, token_B, strict=True)):
-            scores = self._scores(row, token, logits_TV[bounds[i] : bounds[i + 1]])
-            trace = traces[i] if row.request.trace else None
-            events.append(self._advance(row, token, trace, scores))
-        self._keep([i for i, row in enumerate(self._rows) if not row.done])
+        for i, row in enumerate(rows):
+            if row.request.trace and shares[i]:
+                row.trace = _joined(row.trace, traces[i])
+            if row.request.logprobs is not None and shares[i]:
+                self._score(row, chosen.get(i), logits_TV[bounds[i] : bounds[i + 1]])
+            if i in chosen:
+                events.append(self._advance(row, chosen[i]))
+            else:
+                row.held, row.feed = row.held + shares[i], row.feed[shares[i] :]
+        self._keep([i for i, row in enumerate(rows) if not row.done])
         return events
+
+    def _shares(self, read: int) -> list[int]:
+        """How many tokens of each sequence this pass takes: the next one of each that runs, and
+        `read` of prompts, the earlier ones first."""
+        shares = []
+        for row in self._rows:
+            share = 1 if len(row.feed) == 1 else min(len(row.feed), read)
+            read -= share if len(row.feed) > 1 else 0
+            shares.append(share)
+        return shares
 
     def _forward(self, bounds: list[int], tracer: Tracer | None, asked_R: Tensor | None) -> Tensor:
         """fp32 logits after each token that the sequences were fed, or those asked for."""
         offsets_B1 = torch.tensor(bounds, dtype=torch.int32)
-        ids = [token for row in self._rows for token in row.feed]
-        position = [row.held + n for row in self._rows for n in range(len(row.feed))]
+        parts = list(zip(self._rows, (b - a for a, b in pairwise(bounds)), strict=True))
+        ids = [token for row, n in parts for token in row.feed[:n]]
+        position = [row.held + i for row, n in parts for i in range(n)]
         logits: Tensor = self._model(
             torch.tensor(ids, dtype=torch.int64).to(self._device),
             torch.tensor(position, dtype=torch.int32).to(self._device),
@@ -176,29 +198,27 @@ class Decoder:
         ).logits_TV
         return logits
 
-    def _choose(self, logits_BV: Tensor) -> list[int]:
+    def _choose(self, rows: Sequence[_Row], logits_BV: Tensor) -> list[int]:
         """The next token of each sequence, each by its own sampling."""
-        if not self._rows:
+        if not rows:
             return []
-        draws = Draws.of([row.request.sampling for row in self._rows], self._device)
-        uniform_B = torch.stack([row.noise_N[row.made] for row in self._rows])
+        draws = Draws.of([row.request.sampling for row in rows], self._device)
+        uniform_B = torch.stack([row.noise_N[row.made] for row in rows])
         tokens: list[int] = sample(logits_BV, uniform_B.to(self._device), draws).tolist()
         return tokens
 
-    def _scores(self, row: _Row, token: int, logits_TV: Tensor) -> tuple[Score, ...]:
-        """Of the prompt, if it is echoed, and of the token that was drawn, if it is text."""
+    def _score(self, row: _Row, token: int | None, logits_NV: Tensor) -> None:
+        """Remember the scores of the prompt, if it is echoed, and of the token that was drawn, if
+        it is text."""
         asked = row.request
-        if asked.logprobs is None:
-            return ()
-        echoed = asked.echo and row.held == 0 and not asked.made
-        scores = score_prompt(logits_TV, asked.prompt, asked.logprobs) if echoed else []
-        if not asked.reads_only and token != self._stop_id:
-            scores += score(logits_TV[-1:], [token], asked.logprobs)
-        return tuple(scores)
+        assert asked.logprobs is not None
+        if asked.echo and not asked.made and row.held < len(asked.prompt):
+            row.scores += score_prompt(logits_NV, asked.prompt, row.held, asked.logprobs)
+        if token is not None and not asked.reads_only and token != self._stop_id:
+            row.scores += score(logits_NV[-1:], [token], asked.logprobs)
 
-    def _advance(
-        self, row: _Row, token: int, trace: Trace | None, scores: tuple[Score, ...]
-    ) -> Event:
+    def _advance(self, row: _Row, token: int) -> Event:
+        """Its feed is in the cache, and this is what comes next."""
         row.held += len(row.feed)
         row.feed = [token]
         told: int | None = token
@@ -211,6 +231,8 @@ class Decoder:
             row.made += 1
             finish = "length" if row.made == row.request.sampling.max_new_tokens else ""
         row.done = bool(finish)
+        scores, trace = tuple(row.scores), row.trace
+        row.scores, row.trace = [], None
         return Event(row.request.id, told, finish, trace, scores)
 
     def _keep(self, going: Sequence[int]) -> None:
@@ -218,3 +240,11 @@ class Decoder:
             return
         self._rows = [self._rows[i] for i in going]
         self._cache.keep(torch.tensor(going, dtype=torch.int64, device=self._device))
+
+
+def _joined(first: Trace | None, then: Trace | None) -> Trace | None:
+    """Of two passes that read parts of a prompt."""
+    if first is None or then is None:
+        return then
+    flops = first.executed + then.executed, first.dense + then.dense
+    return Trace(first.paths + then.paths, *flops)

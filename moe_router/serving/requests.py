@@ -164,10 +164,12 @@ class Work:
     Attributes:
         admit: sequences that begin.
         drop: ids of sequences that nobody waits for any more.
+        read: most tokens of prompts; what is left of them waits for the next pass.
     """
 
     admit: tuple[Request, ...] = ()
     drop: tuple[int, ...] = ()
+    read: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

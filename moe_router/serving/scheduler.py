@@ -14,7 +14,8 @@ class Limits:
     """Attributes:
     slots: sequences that a rank computes at once.
     tokens: cache slots of a rank: prompts, and what they may grow to.
-    prefill: prompt tokens that a rank reads in one pass; a longer prompt is read alone.
+    prefill: prompt tokens that a rank reads in one pass; longer prompts are read in parts, so
+            that running sequences do not wait for them.
     queue: sequences that wait.
     """
 
@@ -33,10 +34,13 @@ class _Rank:
     running: dict[int, Request] = field(default_factory=dict)
     drop: list[int] = field(default_factory=list)
     reserved: int = 0  # cache slots
+    unread: int = 0  # prompt tokens, if all passes read as many as they may
 
     def has_room(self, request: Request, limits: Limits) -> bool:
         fits = self.reserved + request.cost <= limits.tokens
-        return fits and len(self.running) < limits.slots
+        # what would wait for its first part at the rank waits here, in turn with other calls
+        reads = self.unread < limits.prefill
+        return fits and reads and len(self.running) < limits.slots
 
 
 class Scheduler:
@@ -85,22 +89,24 @@ class Scheduler:
         while self._calls:
             request = self._calls[0][0]
             open_ranks = [
-                i
-                for i, rank in enumerate(self._ranks)
-                if rank.has_room(request, self._limits) and self._may_read(admit[i], request)
+                i for i, rank in enumerate(self._ranks) if rank.has_room(request, self._limits)
             ]
             if not open_ranks:
                 break
             chosen = min(open_ranks, key=lambda i: self._ranks[i].reserved)
             self._ranks[chosen].running[request.id] = request
             self._ranks[chosen].reserved += request.cost
+            self._ranks[chosen].unread += len(request.prompt) + len(request.made)
             admit[chosen].append(request)
             self._take_turn()
+        read = self._limits.prefill
         work = [
-            Work(tuple(new), tuple(rank.drop)) for new, rank in zip(admit, self._ranks, strict=True)
+            Work(tuple(new), tuple(rank.drop), read)
+            for new, rank in zip(admit, self._ranks, strict=True)
         ]
         for rank in self._ranks:
             rank.drop.clear()
+            rank.unread = max(0, rank.unread - read)
         return work
 
     def made(self, request_id: int, token: int) -> None:
@@ -135,17 +141,9 @@ class Scheduler:
         self._calls.extendleft(deque([r]) for r in sorted(lost, key=lambda r: -r.id))
         self._waiting += len(lost)
 
-    def _may_read(self, admitted: list[Request], request: Request) -> bool:
-        read = sum(_read(other) for other in admitted)
-        return not admitted or read + _read(request) <= self._limits.prefill
-
     def _take_turn(self) -> None:
         self._waiting -= 1
         call = self._calls.popleft()
         call.popleft()
         if call:
             self._calls.append(call)
-
-
-def _read(request: Request) -> int:
-    return len(request.prompt) + len(request.made)

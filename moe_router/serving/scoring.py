@@ -28,6 +28,12 @@ def score(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
     ]
 
 
-def score_prompt(logits_TV: Tensor, prompt: Sequence[int], top: int) -> list[Score]:
-    """Each token of a prompt under the ones before it; nothing stands before the first."""
-    return [Score(prompt[0], None, ()), *score(logits_TV[:-1], prompt[1:], top)]
+def score_prompt(logits_NV: Tensor, prompt: Sequence[int], held: int, top: int) -> list[Score]:
+    """Tokens of a prompt under the ones before them; nothing stands before the first.
+
+    Args:
+        logits_NV: after tokens held, held + 1, ... of it.
+    """
+    first = [Score(prompt[0], None, ())] if held == 0 else []
+    following = prompt[held + 1 : held + 1 + len(logits_NV)]
+    return first + score(logits_NV[: len(following)], following, top)

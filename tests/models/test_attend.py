@@ -76,9 +76,11 @@ def through_a_cache(q, k, v, held, new, page):
     (layer,) = KVCache(layers=1, sequences=len(held), page=page).layers
     is_new = torch.cat([torch.arange(a + b) >= a for a, b in zip(held, new, strict=True)])
     for these, lengths in ((~is_new, held), (is_new, new)):
-        turn = Turn(*(x.expand(int(these.sum()), 1, 1) for x in STILL))
-        y, _ = layer.attend(q[these], k[these], v[these], turn, packing_of(lengths))
-    return y, is_new
+        turn = Turn(*(x.to(q.device).expand(int(these.sum()), 1, q.size(-1)) for x in STILL))
+        these = these.to(q.device)
+        packing = packing_of(lengths, q.device)
+        y, _ = layer.attend(q[these], k[these], v[these], turn, packing)
+    return y, is_new.to(q.device)
 
 
 @pytest.mark.parametrize("page", [1, 4, 64])
@@ -107,6 +109,19 @@ def test_a_prompt_beside_single_tokens_does_not_widen_their_rows(monkeypatch):
     lengths = [a + b for a, b in zip(held, new, strict=True)]
     torch.testing.assert_close(got, definition(q, k, v, lengths)[is_new])
     assert sorted(cells) == [3, 50]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("new", [[70, 1, 300, 40], [1, 1, 1, 1], [0, 5, 0, 64]])
+def test_on_a_gpu_new_tokens_attend_to_the_cache_and_to_themselves(new, dtype):
+    held = [30, 500, 0, 64]
+    both = [a + b for a, b in zip(held, new, strict=True)]
+    q, k, v = (x.detach() for x in qkv(sum(both), 8, 2, 64, dtype=dtype, device="cuda"))
+    got, is_new = through_a_cache(q, k, v, held, new, 64)
+    wanted = definition(q.double(), k.double(), v.double(), both)[is_new]
+    error = (got.double() - wanted).norm() / wanted.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 # each way to lay sequences into rows: shared and full, shared with gaps, one a row and shorter

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from moe_router.config import RoutingConfig
 from moe_router.errors import NotCausalError
-from moe_router.models import generate, steps
+from moe_router.models import Sampling, generate, steps
 from moe_router.serving.decoder import Decoder
-from moe_router.serving.requests import Event, Work
+from moe_router.serving.requests import Event, Request, Work
 from tests.gloo import run_ranks
 from tests.serving.work import REQUESTS, TOKENIZER, byte_model, drive, request, two_ranks
 
@@ -22,14 +22,18 @@ def wanted(model, requests=REQUESTS, stop_id=TOKENIZER.document_id):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 12), min_size=5, max_size=5), st.integers(0, 2))
-def test_a_text_does_not_depend_on_when_its_neighbours_come(arrivals, ahead):
+@given(
+    st.lists(st.integers(0, 12), min_size=5, max_size=5),
+    st.integers(0, 2),
+    st.sampled_from([1, 2, 5, 100]),
+)
+def test_a_text_does_not_depend_on_when_its_neighbours_come(arrivals, ahead, read):
     model = byte_model()
     admitted = {}
     for arrival, one in zip(arrivals, REQUESTS, strict=True):
         admitted.setdefault(arrival, []).append(one)
     decoder = Decoder(model, TOKENIZER.document_id, ahead=ahead)
-    assert drive(decoder, admitted, 60) == wanted(model)
+    assert drive(decoder, admitted, 100, read) == wanted(model)
     assert decoder._cache.pool.used == 0
 
 
@@ -42,6 +46,38 @@ def test_texts_outlast_a_stretch_of_steps_and_outgrow_its_tables(ahead, monkeypa
     long = [request(i, text, max_new_tokens=70 + i, seed=i) for i, text in enumerate("abcde")]
     decoder = Decoder(model, None, ahead=ahead)
     assert drive(decoder, {0: long[:1], 9: long[1:]}, 140) == wanted(model, long, None)
+
+
+@pytest.mark.parametrize("routing", [HALT, SKIP], ids=["halt", "skip"])
+def test_prompts_are_read_in_parts_where_tokens_skip_blocks(routing):
+    model = byte_model(routing=routing)
+    made = drive(Decoder(model, None), {0: REQUESTS[:3], 2: REQUESTS[3:]}, 60, read=4)
+    assert made == wanted(model, REQUESTS, None)
+
+
+def test_a_prompt_read_in_parts_is_traced_whole():
+    model = byte_model()
+    one = Request(0, tuple(b"some words"), Sampling(max_new_tokens=1, temperature=0), trace=True)
+    traces = []
+    for read in (3, 100):
+        decoder, events = Decoder(model, None), []
+        for n in range(4):
+            events += decoder.step(Work((one,) if n == 0 else (), read=read))
+        (event,) = events
+        traces.append(event.trace)
+    assert len(traces[0].paths) == 10 and traces[0].paths == traces[1].paths
+    assert (traces[0].executed, traces[0].dense) == (traces[1].executed, traces[1].dense)
+
+
+def test_running_sequences_do_not_wait_for_a_long_prompt():
+    model = byte_model()
+    short, long = request(0, "ab", max_new_tokens=9), request(1, "x" * 20, max_new_tokens=2)
+    decoder = Decoder(model, None)
+    told = [
+        [event.id for event in decoder.step(Work(admit, read=5))]
+        for admit in ((short,), (), (long,), (), (), (), ())
+    ]
+    assert told == [[0], [0], [0], [0], [0], [0, 1], [0, 1]]
 
 
 def test_a_step_ahead_is_told_of_one_call_later():

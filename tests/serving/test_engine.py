@@ -85,7 +85,7 @@ def test_each_of_many_clients_gets_the_text_of_generate():
             )
         )
 
-    answers = serve(clients, slots=4, prefill=20)
+    answers = serve(clients, slots=4, prefill=3)
     for n, (answer,) in enumerate(answers):
         assert answer == wanted(f"text {n}", max_new_tokens=5 + n, temperature=n / 8, seed=n)
 

@@ -10,7 +10,7 @@ from tests.serving.work import TOKENIZER
 
 @pytest.fixture(scope="module")
 def port():
-    with served(slots=8) as (found, _):
+    with served(slots=8, prefill=4) as (found, _):  # longer prompts are read in parts
         yield found
 
 

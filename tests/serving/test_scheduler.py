@@ -38,11 +38,13 @@ def test_a_long_request_is_not_overtaken():
     assert ids(scheduler.plan()) == [[1, 2]]
 
 
-def test_a_pass_reads_only_so_many_prompt_tokens_and_any_single_one():
+def test_a_prompt_waits_in_turn_until_a_pass_can_begin_to_read_it():
     scheduler = Scheduler(1, Limits(prefill=10))
     for n, length in enumerate((30, 6, 4, 1)):
         scheduler.add([one(n, length)])
-    assert [ids(scheduler.plan()) for _ in range(3)] == [[[0]], [[1, 2]], [[3]]]
+    works = [scheduler.plan() for _ in range(5)]
+    assert [ids(work) for work in works] == [[[0]], [[]], [[]], [[1, 2]], [[3]]]
+    assert all(rank.read == 10 for work in works for rank in work)
 
 
 def test_a_full_queue_takes_all_of_a_call_or_nothing():

@@ -46,11 +46,11 @@ REQUESTS = [
 ]
 
 
-def drive(decoder, admitted, passes):
+def drive(decoder, admitted, passes, read=1 << 30):
     """Tokens by request, when `admitted[n]` are admitted before pass n."""
     made = {}
     for n in range(passes):
-        for event in decoder.step(Work(tuple(admitted.get(n, ())))):
+        for event in decoder.step(Work(tuple(admitted.get(n, ())), read=read)):
             tokens = made.setdefault(event.id, [])
             if event.token is not None:
                 tokens.append(event.token)
