@@ -113,7 +113,7 @@ class Steps:
         self._key = (0, False, False)
         self.left, self.uncaptured = 0, ""
         self._place(_ROWS, _COLUMNS)
-        self._storage = 0  # address of the pages that graphs know
+        self._storage = (0, 0)  # address and number of the pages that graphs know
         self._graph_memory = torch.cuda.graph_pool_handle() if self._on_gpu else None
 
     @property
@@ -163,8 +163,9 @@ class Steps:
         widest = max(layer.table_BM.size(1) for layer in layers)
         if self.bucket > rows or widest > columns:
             self._place(max(rows, self.bucket), max(columns, 1 << (widest - 1).bit_length()))
-        if self._storage != self._cache.pool.kv_2NJSC.data_ptr():
-            self._storage = self._cache.pool.kv_2NJSC.data_ptr()
+        kv_2NJSC = self._cache.pool.kv_2NJSC
+        if self._storage != (kv_2NJSC.data_ptr(), kv_2NJSC.size(1)):
+            self._storage = (kv_2NJSC.data_ptr(), kv_2NJSC.size(1))
             self._graphs.clear()
         self._tables_LBM.zero_()
         for table_BM, layer in zip(self._tables_LBM, layers, strict=True):
