@@ -128,6 +128,9 @@ class ModelConfig:
         require(attention.top_k >= least, "model.attention.top_k", attention.top_k, want)
         few, want = attention.dense_last < self.layers, f"less than {self.layers} (model.layers)"
         require(few, "model.attention.dense_last", attention.dense_last, want)
+        causal = self.kind == "causal_lm" or attention.branch == 0
+        want = "0, or model.kind=causal_lm: a tree holds what comes before a block"
+        require(causal, "model.attention.branch", attention.branch, want)
         if routing is not None:
             alike = not routing.weighs and routing.router != "attention"
             want = "null where tokens have masses, or attention is counted (model.routing)"

@@ -165,7 +165,8 @@ def _attention(layer: str, index: int, model: ModelConfig, seq_len: int) -> Part
     flops = dense
     if routed is not None:
         blocks = -(-seq_len // routed.block)
-        choosing = 2 * blocks**2 * kv_width if blocks > routed.top_k else 0
+        choosing = routed.choosing(blocks, blocks, kv_width, blocks)
+        choosing = choosing if blocks > routed.top_k else 0
         seen = _pairs_seen(routed, seq_len, causal=causal)
         flops = 2 * weights + round(sums * seen + choosing / max(seq_len, 1))
     return Part(layer, "attention", weights, weights, flops, dense)

@@ -73,7 +73,9 @@ class RoutedAttention:
             gate_NJK=weight_NJK if self.config.gated else None,
             causal=packing.causal, kernels=self.kernels,
         )  # fmt: skip
-        executed = Executed(pairs_of(target_NJK, blocks), self._choosing(k_TJC, blocks))
+        N, kv_width = len(blocks.own_N), J * k_TJC.size(2)
+        choosing = self.config.choosing(N, N, kv_width, blocks.most)
+        executed = Executed(pairs_of(target_NJK, blocks), choosing)
         return Chosen(y_THC, executed, target_NJK, weight_NJK)
 
     def sees_all(self, blocks: int, top_k: int) -> bool:
@@ -83,11 +85,6 @@ class RoutedAttention:
         if blocks <= self.config.top_k:
             _say_dense(self.config.top_k, self.config.block)
         return True
-
-    def _choosing(self, k_TJC: Tensor, blocks: Blocks) -> int:
-        """FLOPs of the scores, of all blocks with all."""
-        N, (_, J, C) = len(blocks.own_N), k_TJC.shape
-        return 2 * N * N * J * C if self.config.router == "keys" else 0
 
 
 def pairs_of(target_NJK: Tensor, blocks: Blocks) -> Tensor:

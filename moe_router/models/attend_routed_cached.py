@@ -115,6 +115,7 @@ class CachedRoutedAttention:
     ) -> Chosen:
         """Sequences that are in the cache already: the blocks that begin choose now."""
         size, memory, device = self.config.block, self.memory, q_THC.device
+        J, C = memory.sum_BNJC.shape[2:]
         targets, weights = [], []
         unit_T: list[int] = []  # which query block each token is of
         last: list[int] = []
@@ -131,7 +132,7 @@ class CachedRoutedAttention:
                 target, weight = self._choose(q_THC[token], key_NJC, begun)
                 targets.append(target)
                 weights.append(weight)
-                choosing += 2 * len(begun) * key_NJC.numel()
+                choosing += self.config.choosing(len(begun), end + 1, J * C, end + 1)
             unit_T += [units + (held[b] + i) // size - first for i in range(new)]
             start, units = start + new, units + end - first + 1
             last.append(units - 1)
@@ -149,9 +150,9 @@ class CachedRoutedAttention:
         low_M = torch.zeros_like(own_M)
         with torch.autocast(q_MHC.device.type, enabled=False):
             query_MJC = reference.wide(q_MHC).view(len(own), J, -1, C).mean(2)
-            score_MJN = self.routed.router.score(query_MJC, key_NJC, own_M, low_M)
             bounds = (own_M, low_M, own_M + 1)
-            return self.routed.router.decide(score_MJN, *bounds, self.config.top_k)
+            how = (len(key_NJC), self.config.top_k)
+            return self.routed.router.choose(query_MJC, key_NJC, *bounds, *how)
 
     def _attend(
         self,

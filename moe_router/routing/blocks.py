@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_router.config_attention import AttentionConfig
+from moe_router.routing.block_tree import best_in_tree
 from moe_router.types import Choice
 from moe_router_kernels import reference
 from moe_router_kernels.block_choice_op import block_means, choose_blocks
@@ -84,11 +85,10 @@ class BlockRouter:
         """
         J = k_TJd.size(1)
         with torch.autocast(q_THd.device.type, enabled=False):
-            query_NJd, key_NJd = self._summaries(q_THd, k_TJd, blocks)
+            summaries = self._summaries(q_THd, k_TJd, blocks)
             bounds = (blocks.own_N, blocks.low_N, blocks.high_N)
-            score_NJN = self.score(query_NJd, key_NJd, *bounds[:2])
             top_k = self.config.eased(blocks.most, step)
-            target_NJK, weight_NJK = self.decide(score_NJN, *bounds, top_k)
+            target_NJK, weight_NJK = self.choose(*summaries, *bounds, blocks.most, top_k)
         head_J1 = torch.arange(J, device=target_NJK.device, dtype=torch.int32)[:, None]
         group_NJK = torch.where(target_NJK < 0, -1, target_NJK * J + head_J1)
         return Choice(group_NJK.flatten(0, 1), weight_NJK.flatten(0, 1))
@@ -104,7 +104,46 @@ class BlockRouter:
             query_NJd = block_means(q_THd, *bounds)
         return query_NJd, block_means(k_TJd, *bounds)
 
-    def score(self, query_MJd: Tensor, key_NJd: Tensor, own_M: Tensor, low_M: Tensor) -> Tensor:
+    def choose(
+        self,
+        query_MJd: Tensor,
+        key_NJd: Tensor,
+        own_M: Tensor,
+        low_M: Tensor,
+        high_M: Tensor,
+        blocks: int,
+        top_k: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(M, J, K) int32 key blocks of M query blocks, ascending, then -1; and fp32 what each is
+        weighed by.
+
+        Args:
+            query_MJd, key_NJd: what query blocks ask for, and the mean key of key blocks.
+            own_M, low_M, high_M: which key block each query block is, and low..high-1, which it may
+                see, all of its sequence.
+            blocks: of the longest sequence.
+        """
+        near, J = self.config.near, key_NJd.size(1)
+        if self.config.branch == 0:
+            score_MJN = self._score(query_MJd, key_NJd, own_M, low_M)
+            bounds = (own_M, low_M, high_M)
+            target_MJK = choose_blocks(score_MJN, *bounds, top_k, near, self.kernels)
+            score_MJK = score_MJN.gather(-1, target_MJK.clamp(min=0).long())
+        else:
+            keep, tree = top_k - near - 1, (self.config.levels(blocks), self.config.branch)
+            ranks = (own_M - low_M, low_M)
+            best = best_in_tree(query_MJd, key_NJd, *ranks, *tree, keep=keep, near=near)
+            always_MX = own_M[:, None] + torch.arange(-near, 1, device=own_M.device)
+            always_MX = torch.where(always_MX < low_M[:, None], -1, always_MX)
+            always_MJX = always_MX[:, None].expand(-1, J, -1)
+            target_MJK = torch.cat([best[0], always_MJX], -1).int()
+            score_MJK = torch.cat([best[1], torch.zeros_like(always_MJX).to(best[1])], -1)
+            last = torch.where(target_MJK < 0, len(key_NJd), target_MJK)
+            order = last.argsort(dim=-1, stable=True)
+            target_MJK, score_MJK = target_MJK.gather(-1, order), score_MJK.gather(-1, order)
+        return target_MJK, self._weigh(target_MJK, score_MJK, own_M)
+
+    def _score(self, query_MJd: Tensor, key_NJd: Tensor, own_M: Tensor, low_M: Tensor) -> Tensor:
         """(M, J, N) fp32, of M query blocks for N key blocks.
 
         Args:
@@ -125,15 +164,10 @@ class BlockRouter:
         noise_MJN: Tensor = noise_NX[row_M11, column_MJN]
         return noise_MJN
 
-    def decide(
-        self, score_MJN: Tensor, own_M: Tensor, low_M: Tensor, high_M: Tensor, top_k: int
-    ) -> tuple[Tensor, Tensor]:
-        """(M, J, K) int32 key blocks, -1 for none, and fp32 what each is weighed by."""
-        near, bounds = self.config.near, (own_M, low_M, high_M)
-        target_MJK = choose_blocks(score_MJN, *bounds, top_k, near, self.kernels)
-        weight_MJK = (target_MJK >= 0).to(score_MJN.dtype)
-        if self.config.gated:
-            p_MJK = score_MJN.gather(-1, target_MJK.clamp(min=0).long()).sigmoid()
-            always_MJK = (target_MJK - own_M[:, None, None]).abs() <= near
-            weight_MJK = torch.where(always_MJK, 1.0, p_MJK) * weight_MJK
-        return target_MJK, weight_MJK
+    def _weigh(self, target_MJK: Tensor, score_MJK: Tensor, own_M: Tensor) -> Tensor:
+        weight_MJK = (target_MJK >= 0).to(score_MJK.dtype)
+        if not self.config.gated:
+            return weight_MJK
+        always_MJK = (target_MJK - own_M[:, None, None]).abs() <= self.config.near
+        p_MJK = torch.where(weight_MJK > 0, score_MJK, 0.0).sigmoid()
+        return torch.where(always_MJK, 1.0, p_MJK) * weight_MJK

@@ -21,6 +21,7 @@ VARIANTS = {
     "gated": {"gated": True},
     "no window": {"window": 0},
     "last dense": {"dense_last": 1},
+    "tree": {"branch": 2, "gated": True},
     "position": {"router": "position"},
     "random": {"router": "random"},
 }

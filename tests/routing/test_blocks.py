@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_router.config_attention import AttentionConfig
+from moe_router.errors import ConfigError
 from moe_router.routing.blocks import BlockRouter, Blocks
 
 CPU = torch.device("cpu")
@@ -12,6 +13,10 @@ CPU = torch.device("cpu")
 def route_blocks(q, k, blocks, **how):
     config = AttentionConfig(kind="routed", block=blocks.size, **{"window": 0, **how})
     return BlockRouter(config)(q, k, blocks)
+
+
+def by(router):
+    return {"branch": 2} if router == "tree" else {"router": router}
 
 
 def draw(T, seed=0):
@@ -39,10 +44,10 @@ def test_a_block_goes_where_its_first_query_points():
     assert target[0].tolist() == [[0, -1], [1, -1]]
 
 
-@pytest.mark.parametrize("router", ["keys", "position", "random"])
+@pytest.mark.parametrize("router", ["keys", "tree", "position", "random"])
 def test_no_choice_sees_a_later_token(router):
     q, k = draw(32)
-    blocks, how = Blocks.of([13, 19], 4, CPU), {"top_k": 3, "window": 4, "router": router}
+    blocks, how = Blocks.of([13, 19], 4, CPU), {"top_k": 3, "window": 4, **by(router)}
     before = route_blocks(q, k, blocks, **how, gated=True)
     for cut in (6, 14, 25):
         changed_q, changed_k = q.clone(), k.clone()
@@ -52,10 +57,10 @@ def test_no_choice_sees_a_later_token(router):
         assert torch.equal(after.target_TK[:units], before.target_TK[:units])
 
 
-@pytest.mark.parametrize("router", ["keys", "position", "random"])
+@pytest.mark.parametrize("router", ["keys", "tree", "position", "random"])
 def test_a_sequence_chooses_the_same_in_any_batch(router):
     q, k = draw(32)
-    how = {"top_k": 3, "window": 4, "router": router}
+    how = {"top_k": 3, "window": 4, **by(router)}
     together = route_blocks(q, k, Blocks.of([13, 0, 19], 4, CPU), **how)
     alone = route_blocks(q[13:], k[13:], Blocks.of([19], 4, CPU), **how)
     shifted = together.target_TK[8:]  # four blocks of two heads come before
@@ -109,3 +114,47 @@ def test_the_curriculum_comes_down_from_all_blocks():
     assert config.eased(2, 0) == 3  # as many as there are
     choice = BlockRouter(config)(*draw(52), Blocks.of([52], 4, CPU), 5)
     assert choice.target_TK.shape == (26, 8) and (choice.target_TK[-1] >= 0).all()
+
+
+def test_a_tree_that_opens_every_node_finds_what_scores_of_all_find():
+    q, k = draw(150, 3)
+    blocks = Blocks.of([97, 0, 53], 4, CPU)
+    for branch in (2, 3, 8):
+        # of 24 earlier blocks it keeps 23 at each level
+        how = {"top_k": 26, "window": 7, "gated": True}
+        flat, tree = (route_blocks(q, k, blocks, **how, branch=b) for b in (0, branch))
+        assert torch.equal(tree.target_TK, flat.target_TK)
+        torch.testing.assert_close(tree.weight_TK, flat.weight_TK)
+
+
+@pytest.mark.parametrize("branch", [2, 3])
+def test_a_tree_chooses_its_own_blocks_and_the_best_that_it_meets(branch):
+    q, k = draw(160, 4)
+    k = k.view(5, 32, 2, 8).mean(1, keepdim=True).expand(5, 32, 2, 8).reshape(160, 2, 8)
+    # keys change every 8 blocks: what is best above is best below
+    blocks, how = Blocks.of([160], 4, CPU), {"top_k": 3, "window": 4}
+    target = route_blocks(q, k, blocks, **how, branch=branch).target_TK.view(40, 2, 3) // 2
+    query = q[blocks.first_N].view(40, 2, 2, 8).mean(2)
+    score = torch.einsum("njd,mjd->njm", query, k.view(40, 4, 2, 8).mean(1))
+    found = 0
+    for n in range(40):
+        for j in range(2):
+            chosen = [m for m in target[n, j].tolist() if m >= 0]
+            assert chosen == sorted(set(chosen)) and len(chosen) == min(3, n + 1)
+            assert set(chosen[-2:]) == {n, n - 1} if n else chosen == [0]
+            found += n > 1 and score[n, j, chosen[0]] >= score[n, j, : n - 1].max() - 1e-5
+    assert found >= 50  # of 76; a node may hold keys of two kinds
+
+
+def test_a_tree_is_scored_in_n_log_n():
+    how = AttentionConfig(kind="routed", top_k=16, window=64, branch=8)
+    work = [how.choosing(n, n, 1, n) for n in (2**10, 2**14)]
+    assert [how.levels(n) for n in (1, 8, 9, 2**10, 2**14)] == [1, 1, 2, 4, 5]
+    assert work[1] / work[0] == 16 * 5 / 4
+    flat = AttentionConfig(kind="routed", top_k=16, window=64)
+    assert flat.choosing(2**14, 2**14, 1, 2**14) > 20 * work[1]
+
+
+def test_a_tree_is_of_keys():
+    with pytest.raises(ConfigError, match=r"model\.attention\.router=random: want keys, or"):
+        AttentionConfig(kind="routed", router="random", branch=8)
