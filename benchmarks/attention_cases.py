@@ -3,6 +3,7 @@ ours against attention in fp32 over the keys that were chosen."""
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class Shape:
     channels: int = 128
     block: int = 64
 
-    @property
+    @cached_property
     def top_k(self) -> int:
         if self.kind.startswith("top"):
             return int(self.kind.removeprefix("top"))
@@ -80,13 +81,17 @@ class Case:
         self.q, self.grad = draw(shape.heads), draw(shape.heads)
         self.k, self.v = draw(shape.kv_heads), draw(shape.kv_heads)
         self.leaves = [x.requires_grad_() for x in (self.q, self.k, self.v)]
+        self._routers: dict[str, BlockRouter] = {}
         self.blocks = Blocks.of([shape.tokens], shape.block, device)
 
     def choose(self, kind: str) -> Tensor:
         """(N, J, K) int32."""
-        top_k, J = replace(self.shape, kind=kind).top_k, self.shape.kv_heads
-        config = AttentionConfig(kind="routed", block=self.shape.block, top_k=top_k, window=0)
-        choice = BlockRouter(config)(self.q.detach(), self.k.detach(), self.blocks)
+        if kind not in self._routers:  # how many blocks it takes is counted, slowly, on the host
+            top_k = replace(self.shape, kind=kind).top_k
+            how = AttentionConfig(kind="routed", block=self.shape.block, top_k=top_k, window=0)
+            self._routers[kind] = BlockRouter(how)
+        choice = self._routers[kind](self.q.detach(), self.k.detach(), self.blocks)
+        J, top_k = self.shape.kv_heads, self._routers[kind].config.top_k
         units = choice.target_TK.view(-1, J, top_k)
         return torch.where(units < 0, -1, units // J)
 
