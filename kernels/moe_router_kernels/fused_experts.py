@@ -1,4 +1,5 @@
-"""The experts of one rank, forward and backward, by the Triton GEMMs of `grouped`.
+"""The experts of one rank, forward and backward, by the Triton GEMMs of `grouped`; few rows without
+gradients by `few_rows`.
 
 Kept for the backward pass are the tokens, the pre-activations and the ids; activations and
 weighted rows are computed again in the epilogue of the first backward GEMM. The gradient of a
@@ -9,9 +10,9 @@ output is not kept for it. (SonicMoE, arXiv:2512.14080, saves the same.)
 import torch
 from torch import Tensor
 
-from moe_router_kernels import grouped
+from moe_router_kernels import few_rows, grouped
 from moe_router_kernels.permute import combine_rows
-from moe_router_kernels.tiles import Problem, pick
+from moe_router_kernels.tiles import Few, Problem, pick
 
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -23,6 +24,9 @@ def forward(
     src_R, _, offsets_G1, row_TK = plan
     x_TD, weight_TK, gate_up, down = (t.contiguous() for t in (x_TD, weight_TK, gate_up, down))
     problem = Problem.of(x_TD, gate_up, src_R)
+    if problem.few and not keep:
+        none = x_TD.new_empty(0, gate_up.size(1))
+        return few_rows.forward(x_TD, weight_TK, gate_up, down, plan, Few()), none
     rows = grouped.cut(offsets_G1, src_R.numel(), problem.m)
     pre_RF, act_RF, _ = grouped.rows_times_groups(
         x_TD, gate_up, rows, src_R=src_R, epilogue="swiglu", keep=keep, tile=pick("up", problem)

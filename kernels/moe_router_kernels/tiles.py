@@ -2,8 +2,9 @@
 
 A table, not an autotuner: the first step does not wait, and the same shape always takes the same
 sums in the same order. The height of a tile, and with it that order, changes where a group has more
-than 24 or 96 rows on average: inside each of the three regimes a row does not see how many others
-there are.
+than 24 or 96 rows on average; and where rows are fewer than a fourth of the groups, or of one token
+alone, a forward pass without gradients multiplies vectors. Inside each of the four regimes a row
+does not see how many others there are.
 """
 
 import os
@@ -27,6 +28,15 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class Few:
+    """Matrix rows and columns that a program of `few_rows` takes at a time, and its warps."""
+
+    rows: int = 4
+    span: int = 1024
+    warps: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """Attributes:
     rows: R, a bound.
@@ -38,6 +48,7 @@ class Problem:
     rows: int
     groups: int
     hidden: int
+    few: bool
     m: int
     dtype: torch.dtype
 
@@ -51,7 +62,8 @@ class Problem:
             m = 64
         else:
             m = 128 if each > 96 else 64 if each > 24 else 16
-        return cls(R, G, gate_up.size(1) // 2, m, x_TD.dtype)
+        few = x_TD.size(0) == 1 or 4 * R <= G
+        return cls(R, G, gate_up.size(1) // 2, few, m, x_TD.dtype)
 
 
 _WIDE = Tile(n=256, flatten=True)

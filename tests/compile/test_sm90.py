@@ -20,6 +20,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from moe_router_kernels import (  # noqa: E402
     attention_kernels,
     block_attention,
+    few_rows,
     block_choice,
     fused_gate,
     grouped,
@@ -135,6 +136,21 @@ def test_select(block, tmp_path):
     assert spilled(top_c._select_kernel, constants, tmp_path, types) == 0
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_rows_that_share_no_expert(aligned, tmp_path):
+    types = TYPES | {"act_ptr": "*bf16", "w_ptr": "*bf16", "F": "i32"}
+    pads = {"G_PAD": 128, "ROWS": 4}
+    wide = ["x_ptr", "w_ptr", "act_ptr", "F", "D"] if aligned else []
+    for kernel, constants in (
+        (few_rows._up_kernel, pads | {"BLOCK_D": 1024}),
+        (few_rows._down_kernel, pads | {"BLOCK_F": 1024, "K": 8}),
+    ):
+        at = [name for name in wide if name in kernel.arg_names]
+        sass = machine_code(kernel, types, constants, tmp_path, at, num_warps=4)
+        assert spills(sass) == 0
+        assert ("LDG.E.128" in sass) == aligned
+
+
 def test_move(tmp_path):
     constants = {"K": 8, "BLOCK_T": 8, "BLOCK_D": 256}
     assert spilled(permute._move_kernel, constants, tmp_path) == 0
@@ -156,7 +172,7 @@ GEMM |= dict.fromkeys(["src_ptr", "offsets_ptr", "group_ptr", "row_ptr", "used_p
 GEMM |= dict.fromkeys(["weight_ptr", "dot_ptr"], FLOATS)
 GEMM |= dict.fromkeys(["G", "R", "K", "M", "N", "tiles", "stride_a", "stride_b"], "i32")
 PLAIN = {"used_ptr", "G", "tiles"}  # 16 need not divide these
-LARGE = tiles.Problem(1 << 18, 128, 1024, 128, None)
+LARGE = tiles.Problem(1 << 18, 128, 1024, False, 128, None)
 
 
 def gemm(kernel, name, tmp_path, problem=LARGE, **constants):
@@ -192,7 +208,7 @@ def test_rows_times_groups(name, gather, backward, epilogue, tmp_path):
 def test_few_rows(name, gather, epilogue, tmp_path):
     flags = {"GATHER": gather, "BACKWARD": False, "EPILOGUE": epilogue, "FLATTEN": False}
     flags["KEEP"] = False
-    few = tiles.Problem(8, 128, 768, 16, None)
+    few = tiles.Problem(8, 128, 768, False, 16, None)
     sass = gemm(grouped._rows_kernel, name, tmp_path, few, **flags)
     assert spills(sass) == 0 and "HMMA" in sass and "UTMALDG" in sass
 

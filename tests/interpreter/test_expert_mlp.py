@@ -1,6 +1,7 @@
 """The fused experts against the reference, on a GPU or in Triton's interpreter."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
-from moe_router_kernels import expert_op, grouped, plan_from_ids  # noqa: E402
+from moe_router_kernels import expert_op, fused_experts, grouped, plan_from_ids  # noqa: E402
 from moe_router_kernels.expert_op import expert_mlp  # noqa: E402
 from moe_router_kernels.permute import combine_rows  # noqa: E402
-from moe_router_kernels.tiles import Tile  # noqa: E402
+from moe_router_kernels.tiles import Few, Tile  # noqa: E402
 from tests.interpreter.poison import poisoned  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -110,6 +111,25 @@ def test_without_gradients_the_result_is_the_same_and_nothing_is_kept():
         assert torch.equal(expert_mlp(*leaves, *plan), wanted)
     detached = [leaf.detach() for leaf in leaves]
     assert torch.equal(expert_mlp(*detached, *plan), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["uniform", "hot", "holes", "none"])
+@pytest.mark.parametrize("T, D, hidden, G, K", [(1, 40, 24, 3, 2), (2, 72, 40, 20, 2)])
+def test_few_rows_are_the_reference_and_see_no_others(T, D, hidden, G, K, kind, dtype, monkeypatch):
+    monkeypatch.setattr(grouped, "rows_times_groups", None)  # matrices are no part of it
+    monkeypatch.setattr(fused_experts, "Few", partial(Few, span=16))
+    leaves, plan, _ = tensors(T, D, hidden, G, K, kind, dtype)
+    leaves = [leaf.detach() for leaf in leaves]
+    with poisoned():
+        got = expert_mlp(*leaves, *plan)
+    assert got.dtype == dtype
+    assert error(got, oracle([leaf.double() for leaf in leaves], plan)) < ERROR[dtype]
+    row_TK = plan[3]
+    other = leaves[0].clone()
+    other[1:] = torch.randn_like(other[1:])
+    assert torch.equal(expert_mlp(other, *leaves[1:], *plan)[0], got[0])
+    assert got[(row_TK < 0).all(1)].eq(0).all()
 
 
 def test_the_operation_keeps_to_what_its_fake_says():
