@@ -20,8 +20,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from moe_router_kernels import (  # noqa: E402
     attention_kernels,
     block_attention,
-    few_rows,
     block_choice,
+    few_rows,
     fused_gate,
     grouped,
     permute,
