@@ -6,7 +6,7 @@ MoeRouterError
 ├── CheckpointError   a checkpoint is truncated, foreign, or could not be written
 ├── NotCausalError    generate was asked of a model whose routing looks at later tokens
 ├── NonFiniteError    the loss or a gradient became NaN or infinite
-├── PeerLostError     another rank died or stopped answering; the group must be formed anew
+├── WorkerLostError   another rank died or stopped answering; the group must be formed anew
 ├── GatingError       the gating service was asked something it cannot answer
 │   ├── UnknownRouterError  no router is registered under that model and layer
 │   └── StaleEpochError     what ranks share has changed since; take the new snapshot
@@ -39,7 +39,7 @@ class NonFiniteError(MoeRouterError, ArithmeticError):
     pass
 
 
-class PeerLostError(MoeRouterError, RuntimeError):
+class WorkerLostError(MoeRouterError, RuntimeError):
     pass
 
 

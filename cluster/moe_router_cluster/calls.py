@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from moe_router.errors import MoeRouterError, PeerLostError
+from moe_router.errors import MoeRouterError, WorkerLostError
 from moe_router_cluster.lost import ActorsLost
 
 POLL_S = 0.5
@@ -74,7 +74,7 @@ class Waiting:
             cause = error.cause
             if not isinstance(cause, MoeRouterError):
                 raise
-            if not isinstance(cause, PeerLostError):
+            if not isinstance(cause, WorkerLostError):
                 raise cause from None
             self._broken = str(cause)
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from moe_router.config import Config
-from moe_router.errors import CheckpointError, ClusterError, PeerLostError
+from moe_router.errors import CheckpointError, ClusterError, WorkerLostError
 from moe_router.observability.event_log import EventLog, Fact
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.serving.decoder import Decoder
@@ -64,10 +64,10 @@ class ExpertShard(Member):
         trainer, self._trainer, self._reporter = self._trainer, None, None
         copier, self._copier = self._copier, None
         if copier is not None:
-            with suppress(PeerLostError, CheckpointError):  # the one before is there
+            with suppress(WorkerLostError, CheckpointError):  # the one before is there
                 copier.wait()
         if trainer is not None:
-            with suppress(PeerLostError):  # a checkpoint that ranks are missing from
+            with suppress(WorkerLostError):  # a checkpoint that ranks are missing from
                 trainer.close()
         super().leave()
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from moe_router.errors import PeerLostError
+from moe_router.errors import WorkerLostError
 
 
-class ActorsLost(PeerLostError):
+class ActorsLost(WorkerLostError):
     """Raised in the driver; never crosses a process.
 
     Attributes:

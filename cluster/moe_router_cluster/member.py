@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from moe_router.errors import ClusterError, PeerLostError
+from moe_router.errors import ClusterError, WorkerLostError
 from moe_router.training.parallel import is_peer_loss
 from moe_router_cluster.network import point_gloo_to
 
@@ -64,7 +64,7 @@ class Member:
         """Form the process group of `generation` with the other ranks.
 
         Raises:
-            PeerLostError: a rank did not come within timeout_s.
+            WorkerLostError: a rank did not come within timeout_s.
         """
         self.leave()
         self._rank, self._ranks, self._generation = rank, ranks, generation
@@ -91,7 +91,7 @@ class Member:
             dist.destroy_process_group()
 
     def on_loss(self, reason: str) -> None:
-        """Called when a rank is found missing, before PeerLostError is raised."""
+        """Called when a rank is found missing, before WorkerLostError is raised."""
 
     @contextmanager
     def _peers_may_be_lost(self) -> Iterator[None]:
@@ -102,11 +102,11 @@ class Member:
                 f"rank {self._rank}: out of GPU memory; lower train.batch or data.seq_len, raise "
                 "train.accumulation, or set train.activation_checkpointing=true"
             ) from error
-        except PeerLostError as error:
+        except WorkerLostError as error:
             self.on_loss(str(error))
             raise
         except RuntimeError as error:
             if not is_peer_loss(error):
                 raise
             self.on_loss(str(error).splitlines()[0])
-            raise PeerLostError(f"rank {self._rank}: {str(error).splitlines()[0]}") from error
+            raise WorkerLostError(f"rank {self._rank}: {str(error).splitlines()[0]}") from error

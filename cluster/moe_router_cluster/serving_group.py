@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_router.config import Config, require
-from moe_router.errors import ClusterError, PeerLostError
+from moe_router.errors import ClusterError, WorkerLostError
 from moe_router.serving.requests import Event, Work
 from moe_router_cluster.lost import ActorsLost
 from moe_router_cluster.shard_group import ShardGroup
@@ -40,7 +40,7 @@ class ServingGroup:
     async def ping(self) -> None:
         await asyncio.to_thread(self._group.ask, "ping")
 
-    async def recover(self, lost: PeerLostError) -> None:
+    async def recover(self, lost: WorkerLostError) -> None:
         """Replace what is lost and load the checkpoint again.
 
         Raises:
@@ -61,7 +61,7 @@ class ServingGroup:
     def close(self) -> None:
         self._group.close()
 
-    def _recover(self, lost: PeerLostError) -> None:
+    def _recover(self, lost: WorkerLostError) -> None:
         while True:
             self._require_hope(lost)
             try:
@@ -72,7 +72,7 @@ class ServingGroup:
             except ActorsLost as again:
                 lost = again
 
-    def _require_hope(self, lost: PeerLostError) -> None:
+    def _require_hope(self, lost: WorkerLostError) -> None:
         now, most = time.monotonic(), self._config.cluster.max_recoveries
         self._losses.append(now)
         while self._losses[0] < now - _HOUR_S:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.dispatch.base import Group
-from moe_router.errors import ConfigError, PeerLostError
+from moe_router.errors import ConfigError, WorkerLostError
 
 HEADER = 4096  # bytes of flags, as in moe_router_kernels.peer
 _HALF = HEADER // 8 // 2
@@ -61,7 +61,7 @@ class Inbox(Protocol):
         """Write rows into the peers' regions, once they read nothing there any more.
 
         Raises:
-            PeerLostError: a peer has not said so in time, where the host can tell; else `told`
+            WorkerLostError: a peer has not said so in time, where the host can tell; else `told`
                 becomes not 0, and nothing is written.
         """
         ...
@@ -157,7 +157,7 @@ class SharedInbox:
         while bool((own_W <= self._epoch).any()):
             if time.monotonic() > deadline:
                 silent = (own_W <= self._epoch).nonzero()[:, 0].tolist()
-                raise PeerLostError(
+                raise WorkerLostError(
                     f"rank {self._rank}, exchange {self._epoch + 1}: no signal of rank "
                     f"{', '.join(map(str, silent))} in {self._timeout_s:g} s; form the group anew"
                 )

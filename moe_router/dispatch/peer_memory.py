@@ -1,8 +1,8 @@
 """Rows are written straight into the memory of the rank that needs them: slots as in `padded`, no
 collective, no count, no wait of the host.
 
-Not covered: ranks on several machines. A peer that does not signal in time is a PeerLostError on a
-CPU; on a GPU it raises the overflow flag, and the step is taken again by host splits, which fail
+Not covered: ranks on several machines. A peer that does not signal in time is a WorkerLostError on
+a CPU; on a GPU it raises the overflow flag, and the step is taken again by host splits, which fail
 loudly if the peer is gone.
 """
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 
 from moe_router.config import ServeConfig, require
-from moe_router.errors import ClusterError, MoeRouterError, PeerLostError
+from moe_router.errors import ClusterError, MoeRouterError, WorkerLostError
 from moe_router.models import Sampling
 from moe_router.models.generate import check_prompts
 from moe_router.serving.group import Group
@@ -46,7 +46,7 @@ class Engine:
         self._open: dict[int, Waiting] = {}
         self._next_id = 0
         self._wake = asyncio.Event()
-        self._lost: PeerLostError | None = None  # what `check` has found
+        self._lost: WorkerLostError | None = None  # what `check` has found
         self._recovering = ""  # why
         self._recoveries = 0
         self._failed = ""  # why there is no hope
@@ -111,7 +111,7 @@ class Engine:
         asked = self._recoveries
         try:
             await self._group.ping()
-        except PeerLostError as error:
+        except WorkerLostError as error:
             if asked == self._recoveries:  # else a pass has found it meanwhile
                 self._lost = error
                 self._wake.set()
@@ -162,7 +162,7 @@ class Engine:
                     self._wake.clear()
                     continue
                 self._deliver(await self._group.step(self._scheduler.plan()))
-            except PeerLostError as lost:
+            except WorkerLostError as lost:
                 await self._recover(lost)
             except Exception as error:
                 # a bug of ours must not leave clients waiting for ever
@@ -184,7 +184,7 @@ class Engine:
                 del self._open[event.id]
                 (self._scheduler.ended if event.finish else self._scheduler.drop)(event.id)
 
-    async def _recover(self, lost: PeerLostError) -> None:
+    async def _recover(self, lost: WorkerLostError) -> None:
         self._recovering, self._lost = str(lost), None
         self._recoveries += 1
         _log.warning("ranks are made anew: %s", lost)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from moe_router.errors import ClusterError, PeerLostError
+from moe_router.errors import ClusterError, WorkerLostError
 from moe_router.models import CausalLM
 from moe_router.serving.decoder import Decoder
 from moe_router.serving.requests import Event, Work
@@ -17,14 +17,14 @@ class Group(Protocol):
     ranks: int
 
     async def step(self, work: Sequence[Work]) -> list[list[Event]]:
-        """One pass of every rank, work and events by rank. Raises PeerLostError."""
+        """One pass of every rank, work and events by rank. Raises WorkerLostError."""
         ...
 
     async def ping(self) -> None:
-        """Raises PeerLostError: a rank does not answer."""
+        """Raises WorkerLostError: a rank does not answer."""
         ...
 
-    async def recover(self, lost: PeerLostError) -> None:
+    async def recover(self, lost: WorkerLostError) -> None:
         """Make all ranks ready anew, empty. Raises ClusterError: there is no hope."""
         ...
 
@@ -46,5 +46,5 @@ class OneRank:
     async def ping(self) -> None:
         """It is here."""
 
-    async def recover(self, lost: PeerLostError) -> None:
+    async def recover(self, lost: WorkerLostError) -> None:
         raise ClusterError(f"the only rank was lost: {lost}") from lost

@@ -22,10 +22,10 @@ from moe_router.errors import (
     MoeRouterError,
     NonFiniteError,
     NotCausalError,
-    PeerLostError,
     QueueFullError,
     StaleEpochError,
     UnknownRouterError,
+    WorkerLostError,
 )
 
 Adder = Callable[[Any], None]
@@ -41,7 +41,7 @@ _STATUS: tuple[tuple[type[MoeRouterError], grpc.StatusCode], ...] = (  # the fir
     (NotCausalError, grpc.StatusCode.FAILED_PRECONDITION),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ClusterError, grpc.StatusCode.UNAVAILABLE),
-    (PeerLostError, grpc.StatusCode.UNAVAILABLE),
+    (WorkerLostError, grpc.StatusCode.UNAVAILABLE),
     (CheckpointError, grpc.StatusCode.INTERNAL),
     (NonFiniteError, grpc.StatusCode.INTERNAL),
     (MoeRouterError, grpc.StatusCode.INVALID_ARGUMENT),

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from moe_router.errors import ClusterError, MoeRouterError, PeerLostError, QueueFullError
+from moe_router.errors import ClusterError, MoeRouterError, QueueFullError, WorkerLostError
 from moe_router.serving.http_guard import Guard
 from moe_router.serving.openai_types import (
     CompletionRequest,
@@ -185,7 +185,7 @@ def _as_json(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         case QueueFullError():
             again = {"Retry-After": str(error.retry_after_s)}
             return 429, error_body(message, "requests", code="rate_limit_exceeded"), again
-        case ClusterError() | PeerLostError():
+        case ClusterError() | WorkerLostError():
             again = {"Retry-After": str(_RETRY_S)}
             return 503, error_body(message, "server_error", code="unavailable"), again
         case FieldError():

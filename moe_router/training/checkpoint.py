@@ -65,7 +65,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: this write (wait) or the one before it failed.
-            PeerLostError: another rank was lost meanwhile.
+            WorkerLostError: another rank was lost meanwhile.
         """
         self.wait()
         snapshot = Snapshot(state, self.rank, self.ranks)
@@ -81,7 +81,7 @@ class CheckpointWriter:
         """Until nothing is being written.
 
         Raises:
-            CheckpointError, PeerLostError: why the last write failed; said once.
+            CheckpointError, WorkerLostError: why the last write failed; said once.
         """
         if self._thread is not None:
             self._thread.join()

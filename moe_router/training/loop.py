@@ -84,13 +84,13 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite; the weights are unchanged.
-            PeerLostError: another rank is gone; the weights are unchanged.
+            WorkerLostError: another rank is gone; the weights are unchanged.
         """
         with peers_may_be_lost(f"rank {self.rank}, step {self.step + 1}"):
             return self._train_step()
 
     def evaluate(self) -> EvalRecord:
-        """Held-out quality, equal on all ranks. Raises PeerLostError."""
+        """Held-out quality, equal on all ranks. Raises WorkerLostError."""
         doing = f"rank {self.rank}, evaluation at step {self.step}"
         where = (self.rank, self.ranks, self.device)
         with peers_may_be_lost(doing), self.model.dispatcher.exactly():

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from moe_router.errors import PeerLostError
+from moe_router.errors import WorkerLostError
 
 # gloo raises bare RuntimeErrors: their text is all that tells a lost peer from a bug of ours
 _GLOO = (
@@ -39,15 +39,15 @@ def peers_may_be_lost(doing: str) -> Iterator[None]:
         doing: what it is, for the message: "rank 1, step 30".
 
     Raises:
-        PeerLostError: another rank died or did not answer in time. Other errors pass.
+        WorkerLostError: another rank died or did not answer in time. Other errors pass.
     """
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, PeerLostError) or not is_peer_loss(error):
+        if isinstance(error, WorkerLostError) or not is_peer_loss(error):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PeerLostError(
+        raise WorkerLostError(
             f"{doing}: another rank is gone or silent ({reason}); form the group anew and go on "
             "from the newest checkpoint"
         ) from error

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch.distributed as dist
 
-from moe_router.errors import ClusterError, PeerLostError
+from moe_router.errors import ClusterError, WorkerLostError
 from moe_router.training.checkpoint_files import latest_checkpoint
 from moe_router_cluster.expert_shard import ExpertShard
 
@@ -47,7 +47,7 @@ def test_a_rank_without_a_trainer_says_what_is_missing(shard):
 def test_a_peer_that_never_comes_is_a_lost_peer(shard):
     alone = shard()
     port = alone.host("127.0.0.1")
-    with pytest.raises(PeerLostError, match="rank 0: ") as lost:
+    with pytest.raises(WorkerLostError, match="rank 0: ") as lost:
         alone.join("127.0.0.1", port, generation=1, rank=0, ranks=2, timeout_s=0.5)
     assert "\n" not in str(lost.value)
     assert not dist.is_initialized()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_router.errors import ClusterError, PeerLostError
+from moe_router.errors import ClusterError, WorkerLostError
 from moe_router.serving.requests import Work
 from moe_router_cluster import serving_group
 from moe_router_cluster.lost import ActorsLost
@@ -50,7 +50,7 @@ def test_the_lost_and_those_stuck_behind_them_are_replaced(group):
 
 
 def test_a_broken_connection_replaces_nobody(group):
-    asyncio.run(group.recover(PeerLostError("reset by peer")))
+    asyncio.run(group.recover(WorkerLostError("reset by peer")))
     assert group._group.did == [("replace", []), ("form", "step_5")]
 
 

@@ -16,7 +16,7 @@ from moe_router.dispatch.inbox import SharedInbox
 from moe_router.dispatch.peer_memory import PeerMover
 from moe_router.dispatch.transports import round_trip
 from moe_router.dispatch.where import Where, lay_out
-from moe_router.errors import PeerLostError
+from moe_router.errors import WorkerLostError
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
 from moe_router.types import Choice
@@ -75,7 +75,7 @@ def faulty(rank, ranks, stage):
         trip(by, rank, 2)
     except Gone:
         return exact, "gone", 0.0
-    except PeerLostError as error:
+    except WorkerLostError as error:
         return exact, str(error), time.monotonic() - began
     return exact, "nothing", 0.0
 
@@ -88,7 +88,7 @@ def killed(rank, ranks, folder):
         fail_at(by._mover.inbox, "during", lambda: os.kill(os.getpid(), signal.SIGKILL))
     try:
         trip(by, rank, 1)
-    except PeerLostError as error:
+    except WorkerLostError as error:
         Path(folder, "said.json").write_text(json.dumps(str(error)))
 
 

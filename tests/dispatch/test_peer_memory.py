@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_router.dispatch.inbox import SharedInbox
-from moe_router.errors import PeerLostError
+from moe_router.errors import WorkerLostError
 from tests.dispatch import peer_work
 from tests.gloo import run_ranks
 
@@ -53,9 +53,10 @@ def test_a_signal_too_early_or_too_late_is_not_mistaken(tmp_path):
         tmp_path, 4096, lambda rank, paths: SharedInbox(rank, paths, 4096, 0.05)
     )
     told = torch.zeros((), dtype=torch.int32)
-    with pytest.raises(PeerLostError, match=r"^rank 0, exchange 1: no signal of rank 1 in 0\.05 s"):
+    early = r"^rank 0, exchange 1: no signal of rank 1 in 0\.05 s"
+    with pytest.raises(WorkerLostError, match=early):
         first.meet(told)
     second.meet(told)
     first.meet(told)
-    with pytest.raises(PeerLostError, match=r"exchange 2: no signal of rank 1"):
+    with pytest.raises(WorkerLostError, match=r"exchange 2: no signal of rank 1"):
         first.meet(told)  # that of exchange 1 does not count

@@ -6,7 +6,7 @@ from contextlib import aclosing
 import pytest
 
 from moe_router.config import ServeConfig
-from moe_router.errors import ClusterError, ConfigError, PeerLostError, QueueFullError
+from moe_router.errors import ClusterError, ConfigError, QueueFullError, WorkerLostError
 from moe_router.models import Sampling, generate
 from moe_router.serving.decoder import Decoder
 from moe_router.serving.engine import Engine
@@ -30,12 +30,12 @@ class Fragile(OneRank):
     async def step(self, work):
         self.passes += 1
         if self.passes in self.at:
-            raise PeerLostError("rank 0 died")
+            raise WorkerLostError("rank 0 died")
         return await super().step(work)
 
     async def ping(self):
         if self.gone:
-            raise PeerLostError("rank 0 does not answer")
+            raise WorkerLostError("rank 0 does not answer")
 
     async def recover(self, lost):
         self.recoveries += 1

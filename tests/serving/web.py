@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from moe_router.config import ServeConfig, require
-from moe_router.errors import PeerLostError
+from moe_router.errors import WorkerLostError
 from moe_router.serving.demo import add_page
 from moe_router.serving.engine import Engine
 from moe_router.serving.group import OneRank
@@ -32,7 +32,7 @@ class Counting(OneRank):
     async def step(self, work):
         self.passes += 1
         if self.lost:
-            raise PeerLostError("rank 0 died")
+            raise WorkerLostError("rank 0 died")
         return await super().step(work)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_router.errors import PeerLostError
+from moe_router.errors import WorkerLostError
 from moe_router.training.checkpoint_files import latest_checkpoint
 from moe_router.training.peers import is_peer_loss, peers_may_be_lost
 from tests.gloo import run_ranks
@@ -31,7 +31,7 @@ from tests.training import work
 )
 def test_only_a_failed_connection_is_a_lost_peer(error, lost):
     assert is_peer_loss(error) is lost
-    wanted = PeerLostError if lost else type(error)
+    wanted = WorkerLostError if lost else type(error)
     with pytest.raises(wanted) as raised, peers_may_be_lost("rank 1, step 7"):
         raise error
     if lost:
@@ -43,7 +43,7 @@ def test_only_a_failed_connection_is_a_lost_peer(error, lost):
 
 def test_a_loss_is_explained_once():
     inner, outer = peers_may_be_lost("inner"), peers_may_be_lost("outer")
-    with pytest.raises(PeerLostError, match=r"^inner: another rank"), outer, inner:
+    with pytest.raises(WorkerLostError, match=r"^inner: another rank"), outer, inner:
         raise RuntimeError("Connection reset by peer")
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_router.config import Config
 from moe_router.config_file import config_from_dict
-from moe_router.errors import CheckpointError, NonFiniteError, PeerLostError
+from moe_router.errors import CheckpointError, NonFiniteError, WorkerLostError
 from moe_router.placement import Placement
 from moe_router.training import parallel
 from moe_router.training.checkpoint import CheckpointWriter
@@ -120,7 +120,7 @@ def left_alone(rank, ranks, config, folder):
     ):
         try:
             call()
-        except PeerLostError as error:
+        except WorkerLostError as error:
             lost.append(str(error))
     after = local_copies(trainer)
     unchanged = all(torch.equal(before[name], after[name]) for name in before)
