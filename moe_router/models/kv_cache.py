@@ -14,8 +14,9 @@ from moe_router.errors import ConfigError
 from moe_router.models.attend import attend_packed
 from moe_router.models.attend_cached import attend_cached
 from moe_router.models.block_memory import BlockMemory
-from moe_router.models.packing import Packing, upload
+from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn
+from moe_router.models.transfer import upload
 from moe_router_kernels import paged_op, reference_pages
 
 PAGE = 64  # slots: half of a page is wasted a sequence and layer, a table entry is read a page

@@ -110,13 +110,6 @@ class Packing:
         return token_T - self.offsets_B1[self.sequence_T]
 
 
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that nobody waits for; host may change at once."""
-    if device.type != "cuda":
-        return host.clone().to(device)
-    return host.pin_memory().to(device, non_blocking=True)
-
-
 def cut(lengths: list[int], device: torch.device, *, causal: bool = True) -> list[Piece]:
     """Pieces that cover sequences of these lengths (each at least 1) in order."""
     pieces = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_router.config import require
-from moe_router.models.packing import upload
+from moe_router.models.transfer import upload
 from moe_router_kernels import reference
 
 

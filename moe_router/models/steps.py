@@ -22,9 +22,10 @@ from moe_router.dispatch import Local
 from moe_router.models.cached import CachedLayer
 from moe_router.models.causal_lm import CausalLM
 from moe_router.models.kv_cache import KVCache, Pages
-from moe_router.models.packing import Packing, upload
+from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn
 from moe_router.models.sampling import Draws, Sampling, sample
+from moe_router.models.transfer import Download, upload
 from moe_router_kernels import paged_op, runs_expert_mlp
 
 STRETCH = 128  # steps that are prepared at once
@@ -76,21 +77,6 @@ class _Layer:
 @dataclass(frozen=True, slots=True)
 class _Cache:
     layers: Sequence[CachedLayer]
-
-
-@dataclass(frozen=True, slots=True)
-class Ids:
-    """The tokens of one step, on their way to the host."""
-
-    token_B: Tensor
-    arrived: torch.cuda.Event | None
-
-    def tolist(self) -> list[int]:
-        """Waits for them."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        tokens: list[int] = self.token_B.tolist()
-        return tokens
 
 
 class Steps:
@@ -190,25 +176,19 @@ class Steps:
         )  # fmt: skip
 
     @torch.no_grad()
-    def launch(self) -> Ids:
-        """One step; nothing waits."""
+    def launch(self) -> Download:
+        """One step, and its tokens; nothing waits."""
         assert self.left > 0
         self.left -= 1
-        if not self._on_gpu:
-            self._run()
-            return Ids(self._token_B[: self._live].clone(), None)
-        if self._key not in self._graphs and not self.uncaptured:
+        if self._on_gpu and self._key not in self._graphs and not self.uncaptured:
             try:
                 self._graphs[self._key] = self._captured()
             except RuntimeError as problem:
                 self.uncaptured = str(problem).strip().splitlines()[0]
                 _log.warning("steps are not captured in CUDA graphs: %s", self.uncaptured)
-        self._run() if self.uncaptured else self._graphs[self._key].replay()
-        host_B = torch.empty(self._live, dtype=torch.int64, pin_memory=True)
-        host_B.copy_(self._token_B[: self._live], non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return Ids(host_B, arrived)
+        graph = self._graphs.get(self._key)
+        self._run() if graph is None else graph.replay()
+        return Download.of(self._token_B[: self._live])
 
     def end(self, lengths: Sequence[int]) -> None:
         """Give the cache back. lengths: what each of its sequences holds now."""

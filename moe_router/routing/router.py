@@ -67,7 +67,7 @@ class Router(nn.Module):
         context = context or PLAIN
         config = self.config
         with torch.autocast(tokens.x_TD.device.type, enabled=False):
-            x_TD = self._jitter(reference.wide(tokens.x_TD), context.key)
+            x_TD = self._jitter(tokens.x_TD, context.key)
             logits_TG = self.score(x_TD, tokens.position_T)
             made = self._gate(logits_TG, context.held("decided"))
             plan = None if made.plan is None else Plan(*made.plan)
@@ -121,7 +121,7 @@ class Router(nn.Module):
         noise_TD = reference.uniform_noise(
             key.seed, key.step, self.layer, key.first_token, x_TD.size(0), x_TD.size(1), x_TD.device
         )
-        return x_TD * (1 + j * (2 * noise_TD - 1))
+        return reference.wide(x_TD) * (1 + j * (2 * noise_TD - 1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.bfloat16()` leaves the bias in fp32: there, steps of bias_rate would round to none."""

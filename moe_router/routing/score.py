@@ -1,11 +1,17 @@
 """From hidden states to logits, one per group, in fp32."""
 
+import logging
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_router.config import RouterKind
 from moe_router_kernels import reference
+
+_log = logging.getLogger(__name__)
 
 
 class LinearScore(nn.Module):
@@ -16,7 +22,33 @@ class LinearScore(nn.Module):
         self.weight = nn.Parameter(torch.randn(groups, dim) * dim**-0.5)
 
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
-        return F.linear(x_TD, reference.wide(self.weight))
+        half = x_TD.is_cuda and x_TD.dtype == self.weight.dtype and x_TD.dtype.itemsize == 2
+        if half and not torch.is_grad_enabled() and _widens(x_TD.dtype):
+            # products of 16-bit numbers are exact in fp32: the same sums, without two casts
+            return _widening_mm(x_TD, self.weight.mT)
+        return F.linear(reference.wide(x_TD), reference.wide(self.weight))
+
+
+def _widening_mm(a: Tensor, b: Tensor) -> Tensor:
+    multiply: Any = torch.mm
+    out: Tensor = multiply(a, b, out_dtype=torch.float32)
+    return out
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _widens(dtype: torch.dtype) -> bool:
+    return _widens_here(dtype)
+
+
+@cache
+def _widens_here(dtype: torch.dtype) -> bool:
+    """Whether this torch, on this GPU, multiplies 16 bit into fp32."""
+    tile = torch.ones(16, 16, device="cuda", dtype=dtype)
+    try:
+        return bool((_widening_mm(tile, tile) == 16).all())
+    except (TypeError, RuntimeError) as problem:
+        _log.info("routers cast what they score: %s", str(problem).splitlines()[0])
+        return False
 
 
 class MLPScore(nn.Module):
@@ -28,6 +60,7 @@ class MLPScore(nn.Module):
         self.weight = nn.Parameter(torch.randn(groups, hidden) * hidden**-0.5)
 
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
+        x_TD = reference.wide(x_TD)
         hidden_TH = F.linear(x_TD, reference.wide(self.up.weight), reference.wide(self.up.bias))
         return F.linear(F.gelu(hidden_TH), reference.wide(self.weight))
 
@@ -40,8 +73,8 @@ class PositionScore(nn.Module):
         self.weight = nn.Parameter(torch.randn(groups, 2 * features) * features**-0.5)
 
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
-        features = self.weight.size(1) // 2
-        octave_F = torch.arange(features, device=x_TD.device, dtype=x_TD.dtype) / features
+        features, dtype = self.weight.size(1) // 2, reference.wide(x_TD).dtype
+        octave_F = torch.arange(features, device=x_TD.device, dtype=dtype) / features
         angle_TF = position_T[:, None] * 10000.0**-octave_F
         return F.linear(
             torch.cat([angle_TF.sin(), angle_TF.cos()], -1), reference.wide(self.weight)

@@ -18,7 +18,8 @@ from torch import Tensor
 from moe_router.models import CausalLM, KVCache
 from moe_router.models.generate import require_causal
 from moe_router.models.sampling import Draws, sample, sampling_noise
-from moe_router.models.steps import Ids, Steps, obstacle
+from moe_router.models.steps import Steps, obstacle
+from moe_router.models.transfer import Download
 from moe_router.serving.requests import Event, Finish, Request, Score, Trace, Work
 from moe_router.serving.scoring import score, score_prompt
 from moe_router.serving.tracing import Tracer
@@ -84,7 +85,7 @@ class Decoder:
             _log.info("every token is a pass of its own: %s", why)
         self._steps = None if why else Steps(model, self._cache)
         self._ahead = int(self._device.type == "cuda") if ahead is None else ahead
-        self._flying: deque[Ids] = deque()
+        self._flying: deque[Download] = deque()
 
     @torch.no_grad()
     def step(self, work: Work) -> list[Event]:
@@ -153,8 +154,7 @@ class Decoder:
         watched = any(row.request.trace for row in rows)
         tracer = Tracer(self._model.config.steps) if watched else None
         scored = any(row.request.logprobs is not None for row in rows)
-        last_R = torch.tensor([bounds[i + 1] - 1 for i in ready], dtype=torch.int64)
-        last_R = last_R.to(self._device)
+        last_R = torch.tensor([bounds[i + 1] - 1 for i in ready]).long().to(self._device)
         logits_TV = self._forward(bounds, tracer, None if scored else last_R)
         tokens = self._choose([rows[i] for i in ready], logits_TV[last_R] if scored else logits_TV)
         chosen = dict(zip(ready, tokens, strict=True))

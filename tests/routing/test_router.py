@@ -9,6 +9,7 @@ from moe_router.config import RouterConfig
 from moe_router.errors import ConfigError
 from moe_router.routing import Context, PlanMemory, Router
 from moe_router.routing.decide import capacity
+from moe_router.routing.score import make_score
 from moe_router.types import NoiseKey, Tokens
 
 
@@ -191,3 +192,17 @@ def test_the_position_router_sees_no_content():
     assert torch.equal(router(tokens(seed=0)).weight_TK, router(tokens(seed=1)).weight_TK)
     shifted = Tokens(tokens().x_TD, tokens().position_T + 7, tokens().offsets_B1)
     assert not torch.equal(router(tokens()).weight_TK, router(shifted).weight_TK)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_on_a_gpu_16_bit_is_scored_in_fp32_without_casts(tokens, dtype):
+    torch.manual_seed(0)
+    score = make_score(2048, 128, "linear", 0).to("cuda", dtype)
+    x_TD = torch.randn(tokens, 2048, device="cuda").to(dtype)
+    exact = x_TD.double() @ score.weight.double().T
+    with torch.no_grad():
+        got = score(x_TD, None)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)

@@ -21,7 +21,7 @@ def wanted(model, requests=REQUESTS, stop_id=TOKENIZER.document_id):
     return {r.id: generate(model, [r.prompt], r.sampling, stop_id=stop_id)[0] for r in requests}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(st.integers(0, 12), min_size=5, max_size=5),
     st.integers(0, 2),
