@@ -2,6 +2,8 @@
 
 A peer's inbox is HEADER bytes of flags, an int64 for each source in each half, then one region.
 First half: the source reads nothing in its own inbox any more; second half: what it put is whole.
+The last word of the first half becomes 1 once a peer was silent for too long: from then on each
+flag is looked at once, so that a peer that is gone costs its time once, not once an exchange.
 Epochs count exchanges on the device, so that a captured CUDA graph can be replayed. Nothing waits
 without a bound: a peer that is gone leaves a mark in `told`, and no hung or trapped GPU.
 """
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADER = 4096  # bytes: flags of up to 256 ranks, and what follows stays aligned
+HEADER = 4096  # bytes: flags of up to 255 ranks, and what follows stays aligned
 _HALF = HEADER // 8 // 2  # int64: where the second half of the flags begins
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -26,9 +28,12 @@ def _tell(peer_ptr, at, epoch, W: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _hears(flag_ptr, epoch, bound, W: tl.constexpr):  # type: ignore[no-untyped-def]
+def _hears(  # type: ignore[no-untyped-def]
+    flag_ptr, lost_ptr, told_ptr, epoch, bound, W: tl.constexpr
+):
     """Whether every source has written the epoch, within `bound` looks at each flag."""
     silent = 0
+    bound = tl.where(tl.load(lost_ptr) == 0, bound, 0)
     for w in tl.static_range(W):
         tries = 0
         seen = tl.atomic_add(flag_ptr + w, 0, sem="acquire", scope="sys")
@@ -36,6 +41,9 @@ def _hears(flag_ptr, epoch, bound, W: tl.constexpr):  # type: ignore[no-untyped-
             seen = tl.atomic_add(flag_ptr + w, 0, sem="acquire", scope="sys")
             tries += 1
         silent += (seen < epoch).to(tl.int32)
+    if silent > 0:
+        tl.store(told_ptr, 1)
+        tl.store(lost_ptr, 1)
     return silent == 0
 
 
@@ -49,9 +57,7 @@ def _put_kernel(  # type: ignore[no-untyped-def]
     epoch = tl.load(epoch_ptr) + 1
     if tl.program_id(0) == 0:
         _tell(peer_ptr, rank, epoch, W)
-    heard = _hears(flag_ptr, epoch, bound, W)
-    if not heard:
-        tl.store(told_ptr, 1)
+    heard = _hears(flag_ptr, flag_ptr + HEAD // 16 - 1, told_ptr, epoch, bound, W)
     for turn in range(tl.program_id(0), tl.where(heard, turns, 0), tl.num_programs(0)):
         # peers take turns, so that rows that stay here are copied while others cross the link
         peer = (turn + rank + 1) % W
@@ -90,8 +96,7 @@ def _meet_kernel(  # type: ignore[no-untyped-def]
     epoch = tl.load(epoch_ptr) + 1
     _tell(peer_ptr, HALF + rank, epoch, W)
     tl.store(epoch_ptr, epoch)
-    if not _hears(flag_ptr + HALF, epoch, bound, W):
-        tl.store(told_ptr, 1)
+    _hears(flag_ptr + HALF, flag_ptr + HALF - 1, told_ptr, epoch, bound, W)
 
 
 def put(

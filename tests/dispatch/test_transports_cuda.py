@@ -1,8 +1,12 @@
 """Every transport on two GPUs equals `local`; the static ones never wait and can be captured."""
 
+import time
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from moe_router.dispatch import PeerMemory
 from moe_router.dispatch.transports import round_trip
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
@@ -65,3 +69,35 @@ def captured(rank, ranks, name):
 @pytest.mark.parametrize("name", STATIC)
 def test_a_static_transport_never_waits_and_can_be_captured(name):
     assert run_ranks(2, captured, name, backend="nccl") == [True, True]
+
+
+def deserted(rank, ranks):
+    """Rank 1 stays away from two round trips: whether rank 0 was told, and after how long; then a
+    new transport of both, in the same processes."""
+    device = torch.device("cuda", rank)
+    placement, target_TK = Placement.contiguous(4, ranks), torch.arange(8).view(4, 2).int() % 4
+    choice = Choice(target_TK.to(device), torch.ones(4, 2, device=device))
+    inputs = (choice, plan_from_ids(choice.target_TK, 4), placement)
+    x_TD = torch.arange(32.0, device=device).view(4, 8)
+
+    def trip(by):
+        out_TD, overflow = round_trip(by, x_TD, *inputs)
+        torch.cuda.synchronize()
+        return bool(overflow), torch.equal(out_TD, x_TD)
+
+    with torch.no_grad():
+        by = PeerMemory(4, timeout_s=0.5)
+        found = [trip(by)]
+        began = time.monotonic()
+        if rank == 0:
+            found += [trip(by), trip(by)]
+        seconds = time.monotonic() - began
+        dist.barrier()
+        return found, trip(PeerMemory(4, timeout_s=20)), seconds
+
+
+def test_a_peer_that_stays_away_is_told_and_traps_nobody():
+    (alone, after, seconds), (_, other, _) = run_ranks(2, deserted, backend="nccl")
+    assert alone[0] == after == other == (False, True)
+    assert [lost for lost, _ in alone[1:]] == [True, True]
+    assert seconds < 10

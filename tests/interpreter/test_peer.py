@@ -28,16 +28,17 @@ class Rank:
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.told = torch.zeros((), dtype=torch.int32)
 
-    def put(self, x, src_R, also, split, send, at, offsets=(0, 2048, 3072)):
+    def put(self, x, src_R, also, split, send, at, offsets=(0, 2048, 3072), bound=4):
         starts = torch.tensor([0, send[0], sum(send)], dtype=torch.int32)
         places = (starts, torch.tensor(at, dtype=torch.int32))
         own = (self.peers_W, self.flags, self.epoch, self.told, places)
-        how = {"most": max(send), "offsets": offsets, "rank": self.rank, "bound": 4, "programs": 3}
+        how = {"most": max(send), "offsets": offsets, "rank": self.rank, "bound": bound}
+        how["programs"] = 3
         peer.put(x, src_R, also, split, *own, **how)
 
-    def meet(self):
+    def meet(self, bound=4):
         own = (self.peers_W, self.flags, self.epoch, self.told)
-        peer.meet(*own, rank=self.rank, bound=4)
+        peer.meet(*own, rank=self.rank, bound=bound)
 
     def others_say(self, half, epoch):
         self.flags.view(2, -1)[half, 1 - self.rank] = epoch
@@ -110,6 +111,19 @@ def test_a_wait_is_bounded_and_tells():
     one.meet()  # the signal of the exchange before does not count
     assert int(one.told) == 1 and int(one.epoch) == 2
     assert one.flags.view(2, -1)[1, :2].tolist() == [2, 1]
+
+
+def test_a_peer_that_was_lost_is_not_waited_for_again():
+    one, other = ranks()
+    one.meet()
+    lost = HEADER // 8 // 2 - 1
+    assert int(one.told) == one.flags[lost] == 1 and other.flags[lost] == 0
+    one.told.zero_()
+    one.meet(bound=2**30)  # so many looks would take hours
+    assert int(one.told) == 1
+    one.told.zero_()
+    one.put(torch.ones(4, 2), None, None, 0, [0, 4], [0, 0], bound=2**30)
+    assert int(one.told) == 1 and not other.own[HEADER:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
