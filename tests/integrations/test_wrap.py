@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DeiTConfig,
+    DeiTForImageClassification,
     ElectraConfig,
     ElectraModel,
     GPT2Config,
@@ -19,12 +22,15 @@ from transformers import (
     MPNetModel,
     RobertaConfig,
     RobertaModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import moe_router
 from moe_router import Context, Ledger
 from moe_router.errors import CheckpointError, ConfigError
-from moe_router.integrations.wrap import RoutedEncoder, load_wrapped
+from moe_router.integrations.encoder import Pruning
+from moe_router.integrations.wrap import load_wrapped
 
 SIZES = {
     "vocab_size": 50,
@@ -57,7 +63,7 @@ def batch(lengths=LENGTHS, width=S, left=False):
 
 
 def encoder_of(model):
-    return next(m for m in model.modules() if isinstance(m, RoutedEncoder))
+    return next(m for m in model.modules() if isinstance(m, Pruning))
 
 
 def masked(model, routers, keep, inputs):
@@ -108,6 +114,50 @@ def test_keeping_all_is_the_model_itself(kind, config):
         want = dense(**inputs).last_hidden_state * inputs["attention_mask"][..., None]
         got = moe_router.wrap(dense, kind="prune", keep=1.0)(**inputs)
     torch.testing.assert_close(got.last_hidden_state, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [(ViTForImageClassification, ViTConfig), (DeiTForImageClassification, DeiTConfig)],
+    ids=["vit", "deit"],
+)
+def test_patches_of_images_leave(kind, config, tmp_path):
+    """16 patches and what stands before them; after two of four layers half of them go."""
+    sizes = SIZES | {"image_size": 16, "patch_size": 4, "num_labels": 3}
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 16, 16)
+    dense = kind(config(**sizes)).eval()
+    for keep in (1.0, 0.5):
+        model = kind(config(**sizes)).eval()
+        model.load_state_dict(dense.state_dict())
+        moe_router.wrap(model, kind="prune", keep=keep, first=0, every=1)
+        rows = []
+        encoder_of(model).register_forward_hook(lambda *args, rows=rows: rows.append(args[2]))
+        with torch.no_grad():
+            logits, want = model(images).logits, dense(images).logits
+        n = rows[0].size(1)
+        if keep == 1:
+            torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
+            continue
+        for _ in range(3):
+            n = math.ceil(n / 2)
+        assert (rows[0] != 0).any(-1).sum(1).tolist() == [n, n]
+        assert not torch.allclose(logits, want, atol=1e-3)
+        model.save_pretrained(tmp_path)
+        again = load_wrapped(AutoModelForImageClassification, tmp_path)
+        with torch.no_grad():
+            assert torch.equal(again(images).logits, logits)
+
+
+@pytest.mark.parametrize("what", ["output_hidden_states", "output_attentions"])
+def test_states_of_layers_are_refused(what):
+    """Each layer has other tokens."""
+    model, inputs = moe_router.wrap(made(), kind="prune"), batch()
+    with pytest.raises(ConfigError, match=f"{what}: after wrap each layer has other tokens"):
+        model(**inputs, **{what: True})
+    model.config.output_hidden_states = True
+    with pytest.raises(ConfigError, match="output_hidden_states: after wrap each layer has other"):
+        model(**inputs)
 
 
 def test_padding_and_neighbours_do_not_matter():
@@ -193,7 +243,7 @@ def fit(model, parameters, steps, lr):
     model.train()
     optimizer = torch.optim.AdamW(list(parameters), lr=lr)
     for step in range(steps):
-        for encoder in (m for m in model.modules() if isinstance(m, RoutedEncoder)):
+        for encoder in (m for m in model.modules() if isinstance(m, Pruning)):
             encoder.context = Context(step=step)
         inputs, labels = task(64, step)
         loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
@@ -204,20 +254,20 @@ def fit(model, parameters, steps, lr):
 
 def test_what_cannot_be_wrapped_says_why(tmp_path):
     for wrong, message in (
-        ({"kind": "merge"}, "kind=merge: want prune"),
+        ({"kind": "merge"}, "kind=merge: want prune or skip"),
         ({"kind": "prune", "budget": 0.5}, "budget: want keep, every, first"),
         ({"kind": "prune", "first": 3}, "first=3: want at most 2"),
         ({"kind": "prune", "router": "attention"}, "router=attention: want linear"),
     ):
         with pytest.raises(ConfigError, match=message):
             moe_router.wrap(made(), **wrong)
-    with pytest.raises(ConfigError, match="GPT2LMHeadModel: want an encoder of layers as BERT has"):
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel: kind=prune wants BERT"):
         moe_router.wrap(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1)), kind="prune")
     other = made(MPNetModel, MPNetConfig)
     with pytest.raises(ConfigError, match="MPNetModel: its attention is not exchangeable"):
         moe_router.wrap(other, kind="prune")
-    assert not any(isinstance(module, RoutedEncoder) for module in other.modules())
-    with pytest.raises(ConfigError, match="not wrapped yet"):
+    assert not any(isinstance(module, Pruning) for module in other.modules())
+    with pytest.raises(ConfigError, match="BertModel: is wrapped already; load_wrapped"):
         moe_router.wrap(moe_router.wrap(made(), kind="prune"), kind="prune")
     made().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="want a model saved after wrap"):

@@ -1,0 +1,77 @@
+"""transformers' Trainer trains what we wrapped, and experts by our backend; what it saves comes
+back."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+pytest.importorskip("accelerate")
+import moe_router
+from moe_router.integrations.wrap import load_wrapped
+from tests.integrations import test_experts_backend, test_wrap, test_wrap_decoder
+
+
+def texts(n, **more):
+    ids = torch.randint(2, 40, (n, 10), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row, **more} for row in ids]
+
+
+def train(model, rows, folder, lr=0.1):
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=lr,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(folder))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    return {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+
+
+@pytest.mark.parametrize("kind", ["prune", "skip"])
+def test_only_routers_learn_and_come_back(kind, tmp_path):
+    if kind == "prune":
+        model = test_wrap.made(test_wrap.BertForSequenceClassification, num_labels=8)
+        moe_router.wrap(model, kind="prune", keep=0.5)
+        auto = AutoModelForSequenceClassification
+        rows = [row | {"labels": i % 8} for i, row in enumerate(texts(12))]
+    else:
+        model, auto, rows = test_wrap_decoder.wrapped(), AutoModelForCausalLM, texts(12)
+    moved = train(model, rows, tmp_path)
+    assert moved and all(".prunes." in name or ".skip." in name for name in moved)
+    again, ids = load_wrapped(auto, tmp_path), torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_recomputed_layers_take_the_same_tokens(tmp_path):
+    """Gradient checkpointing: the same steps, and the same weights after them."""
+    ends = []
+    for recomputes in (False, True):
+        model = test_wrap_decoder.wrapped()
+        if recomputes:  # by the name that 5.23 has for it, or that of earlier ones
+            name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        train(model, texts(12), tmp_path)
+        ends.append(model.state_dict())
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, msg=name)
+
+
+def test_experts_by_our_backend_learn_what_eager_ones_do(tmp_path):
+    moe_router.register_transformers()
+    ends = []
+    for name in ("moe_router", "eager"):
+        model = test_experts_backend.small("Mixtral")
+        model.set_experts_implementation(name)
+        assert train(model, texts(12), tmp_path, lr=1e-3)
+        ends.append(model.state_dict())
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
