@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_router.config_attention import AttentionConfig
-from moe_router.routing.blocks import BlockRouter, Blocks
+from moe_router.routing.blocks import BlockRouter, Blocks, Lists
 from moe_router_kernels.attention_op import attend_blocks
 
 DENSE = {
@@ -84,20 +84,17 @@ class Case:
         self._routers: dict[str, BlockRouter] = {}
         self.blocks = Blocks.of([shape.tokens], shape.block, device)
 
-    def choose(self, kind: str) -> Tensor:
-        """(N, J, K) int32."""
+    def choose(self, kind: str) -> Lists:
         if kind not in self._routers:  # how many blocks it takes is counted, slowly, on the host
             top_k = replace(self.shape, kind=kind).top_k
             how = AttentionConfig(kind="routed", block=self.shape.block, top_k=top_k, window=0)
             self._routers[kind] = BlockRouter(how)
-        choice = self._routers[kind](self.q.detach(), self.k.detach(), self.blocks)
-        J, top_k = self.shape.kv_heads, self._routers[kind].config.top_k
-        units = choice.target_TK.view(-1, J, top_k)
-        return torch.where(units < 0, -1, units // J)
+        return self._routers[kind].lists(self.q.detach(), self.k.detach(), self.blocks)
 
-    def attend(self, target_NJK: Tensor) -> Tensor:
+    def attend(self, chosen: Lists) -> Tensor:
         bounds, block = (self.blocks.first_N, self.blocks.last_N), self.shape.block
-        return attend_blocks(self.q, self.k, self.v, *bounds, target_NJK, block)
+        here = (*bounds, chosen.target_NJK, block)
+        return attend_blocks(self.q, self.k, self.v, *here, count_NJ2=chosen.count_NJ2)
 
     def ours(self, kind: str) -> Tensor:
         """Selection and attention."""
@@ -119,8 +116,8 @@ class Case:
     def error(self, kind: str, *, gradients: bool) -> float:
         """The largest relative error of the output, and of the gradients, at some query blocks and
         key blocks, against fp32 attention to the chosen keys."""
-        target_NJK = self.choose(kind)
-        out = self.attend(target_NJK)
+        chosen = self.choose(kind)
+        out, target_NJK = self.attend(chosen), chosen.target_NJK
         grads = self.backward(out) if gradients else None
         N, J = target_NJK.shape[:2]
         units = [Unit(self, n, j, target_NJK) for n in {0, N // 3, N - 1} for j in {0, J - 1}]

@@ -33,11 +33,10 @@ def measure_tile(case: Case, name: str) -> dict[str, Any]:
     _, kernel, tile, kind, _ = name.split("/")
     shape = Shape(**{**vars(case.shape), "kind": kind})
     first_N, last_N = case.blocks.first_N, case.blocks.last_N
-    target_NJK = case.choose(kind)
-    easy_NJK = attention_op.unmasked(first_N, last_N, target_NJK, shape.block, True)
-    target_NJK, count_NJ2, order_NJK = attention_op.by_mask(target_NJK, easy_NJK)
-    easy_NJK, whole_N = easy_NJK.gather(-1, order_NJK), last_N - first_N == shape.block
-    block_R, _, offsets_G1 = attention_op.by_key(target_NJK, easy_NJK, whole_N, "auto")
+    target_NJK, count_NJ2, _ = case.choose(kind)
+    assert count_NJ2 is not None
+    whole_N = last_N - first_N == shape.block
+    block_R, _, offsets_G1 = attention_op.by_key(target_NJK, count_NJ2, whole_N, "auto")
     none = torch.empty(0, device=case.q.device)
     lists = launch.Lists(first_N, last_N, target_NJK, count_NJ2, none)
     groups = launch.Groups(block_R, none, offsets_G1)

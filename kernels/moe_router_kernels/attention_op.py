@@ -107,6 +107,7 @@ def attend_blocks(
     block: int,
     *,
     gate_NJK: Tensor | None = None,
+    count_NJ2: Tensor | None = None,
     causal: bool = True,
     kernels: str = "auto",
     tiles: str = "auto",
@@ -119,6 +120,8 @@ def attend_blocks(
         target_NJK: int32, distinct key blocks of each (query block, KV head); -1 is none.
         gate_NJK: fp32 p of each choice: what a key adds to the output is p times its share of the
             softmax, so shares sum to less than 1. None: 1.
+        count_NJ2: int32, where the choices that need no mask come first: how many they are, and how
+            many there are, as `block_choice_op.route_blocks` says. None: they are put in order.
         kernels: see `choose.uses_triton`.
         tiles: how the Triton kernels cut their work, `block_attention.TILES`.
 
@@ -144,17 +147,16 @@ def attend_blocks(
     if not uses_triton("attention", kernels, q_THd.device, uncovered):
         chosen = (first_N, last_N, target_NJK, block, gate_NJK)
         return gathered(q_THd, k_TJd, v_TJd, *chosen, causal=causal)
-    easy_NJK = unmasked(first_N, last_N, target_NJK, block, causal)
-    target_NJK, count_NJ2, order_NJK = by_mask(target_NJK, easy_NJK)
+    if count_NJ2 is None:
+        easy_NJK = unmasked(first_N, last_N, target_NJK, block, causal)
+        target_NJK, count_NJ2, order_NJK = by_mask(target_NJK, easy_NJK)
+        gate_NJK = None if gate_NJK is None else gate_NJK.gather(-1, order_NJK)
     if gate_NJK is None:
         gate_NJK = q_THd.new_empty(0, dtype=torch.float32)
-    else:
-        gate_NJK = gate_NJK.gather(-1, order_NJK)
     leaves = (*(x.contiguous() for x in (q_THd, k_TJd, v_TJd)), gate_NJK)
     groups = target_NJK.new_empty(0), target_NJK.new_empty(0), target_NJK.new_empty(0)
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
-        whole_N = last_N - first_N == block
-        groups = by_key(target_NJK, easy_NJK.gather(-1, order_NJK), whole_N, kernels)
+        groups = by_key(target_NJK, count_NJ2, last_N - first_N == block, kernels)
     lists = (first_N, last_N, target_NJK, count_NJ2, *groups)
     out: Tensor = _attend(*leaves, *lists, block, causal, tiles)[0]
     return out
@@ -185,7 +187,7 @@ def by_mask(target_NJK: Tensor, easy_NJK: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def by_key(
-    target_NJK: Tensor, easy_NJK: Tensor, whole_N: Tensor, kernels: str
+    target_NJK: Tensor, count_NJ2: Tensor, whole_N: Tensor, kernels: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Plan of the choices: block_R, choice_R and offsets_G1 of `block_attention.Groups`.
 
@@ -194,7 +196,9 @@ def by_key(
     """
     N, J, K = target_NJK.shape
     heads_J1 = torch.arange(J, device=target_NJK.device, dtype=torch.int32)[:, None]
-    group_NJK = 2 * (target_NJK * J + heads_J1) + ~(easy_NJK & whole_N[:, None, None])
+    choice_K = torch.arange(K, device=target_NJK.device)
+    easy_NJK = (choice_K < count_NJ2[..., :1]) & whole_N[:, None, None]
+    group_NJK = 2 * (target_NJK * J + heads_J1) + ~easy_NJK
     group_NJK = torch.where(target_NJK < 0, -1, group_NJK)
     unit_R, choice_R, offsets_G1, _ = plan_from_ids(group_NJK.view(N * J, K), 2 * N * J, kernels)
     # rows past the end stay no block, and are never read

@@ -106,3 +106,60 @@ def choose_blocks(
     bounds = (own_M, low_M, high_M)
     target_MJK: Tensor = _choose_blocks(score_MJN.detach(), *bounds, k, window, triton)
     return target_MJK
+
+
+@torch.library.custom_op("moe_router::route_blocks", mutates_args=())
+def _route_blocks(
+    q_THd: Tensor,
+    k_TJd: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    own_N: Tensor,
+    low_N: Tensor,
+    high_N: Tensor,
+    block: int,
+    k: int,
+    window: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    from moe_router_kernels import block_choice
+
+    bounds = (first_N, last_N, own_N, low_N, high_N)
+    return block_choice.route_blocks(q_THd, k_TJd, *bounds, block, k, window, causal)
+
+
+@_route_blocks.register_fake
+def _(q_THd: Tensor, k_TJd: Tensor, first_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    sizes = (first_N.numel(), k_TJd.size(1))
+    return first_N.new_empty((*sizes, rest[5])), first_N.new_empty((*sizes, 2))
+
+
+def route_blocks(
+    q_THd: Tensor,
+    k_TJd: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    own_N: Tensor,
+    low_N: Tensor,
+    high_N: Tensor,
+    block: int,
+    k: int,
+    window: int = 0,
+    *,
+    causal: bool = True,
+    kernels: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`reference_attention.route_blocks`; ids, so no gradient.
+
+    Args:
+        q_THd, k_TJd: packed queries and keys; H a multiple of J.
+        kernels: see `choose.uses_triton`.
+    """
+    uncovered = "fp64" if q_THd.dtype == torch.float64 else ""
+    if first_N.numel() > 8192:
+        uncovered = f"{first_N.numel()} blocks: more than 8192"
+    tensors = (q_THd.detach(), k_TJd.detach(), first_N, last_N, own_N, low_N, high_N)
+    if not uses_triton("route_blocks", kernels, q_THd.device, uncovered):
+        return plain.route_blocks(*tensors, block, k, window, causal)
+    chosen: tuple[Tensor, Tensor] = _route_blocks(*tensors, block, k, window, causal)
+    return chosen

@@ -81,6 +81,46 @@ def choose_blocks(
     return torch.where(target_MJK < N, target_MJK, -1).int()
 
 
+def route_blocks(
+    q_THd: Tensor,
+    k_TJd: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    own_N: Tensor,
+    low_N: Tensor,
+    high_N: Tensor,
+    block: int,
+    k: int,
+    window: int = 0,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Choose by what a query block asks for times the mean key of each block.
+
+    It asks by its first token where attention is causal, else by the mean of all its tokens.
+
+    Returns:
+        `choose_blocks`; and (N, J, 2) int32, how many of them need no mask, which come first, and
+        how many there are.
+    """
+    J, d = k_TJd.shape[1:]
+    query_NJd = block_means(q_THd, first_N, last_N, J)
+    if causal:
+        query_NHd = wide(q_THd[first_N])
+        query_NJd = (
+            query_NHd.view(len(query_NHd), J, -1, d).mean(2) if len(query_NHd) else query_NJd
+        )
+    key_NJd = block_means(k_TJd, first_N, last_N, J)
+    score_NJN = torch.einsum("njd,mjd->njm", query_NJd, key_NJd) * d**-0.5
+    target_NJK = choose_blocks(score_NJN, own_N, low_N, high_N, k, window)
+    there_NJK = target_NJK >= 0
+    # its own block is masked where a query may not look ahead; where it may, gaps are
+    gap_N = last_N - first_N < block
+    own_NJK = target_NJK == own_N[:, None, None]
+    masked_NJK = own_NJK if causal else gap_N[target_NJK.clamp(min=0)]
+    count_NJ2 = torch.stack([(there_NJK & ~masked_NJK).sum(-1), there_NJK.sum(-1)], -1)
+    return target_NJK, count_NJ2.int()
+
+
 def masked_attention(
     q_SHd: Tensor,
     k_SJd: Tensor,

@@ -31,7 +31,7 @@ class Chosen(NamedTuple):
     y_THC: what attention gives.
     executed: what was computed.
     target_NJK: int32, the key blocks of each query block; None: attention was dense.
-    weight_NJK: what each is weighed by.
+    weight_NJK: what each is weighed by; None: 1.
     """
 
     y_THC: Tensor
@@ -64,13 +64,10 @@ class RoutedAttention:
         if self.sees_all(blocks.most, top_k):
             y_THC = attend_packed(q_THC, k_TJC, v_TJC, packing)
             return Chosen(y_THC, Executed(packing.pairs, 0))
-        choice = self.router(q_THC, k_TJC, blocks, step)
-        shape = (len(blocks.own_N), J, top_k)
-        target_NJK = torch.where(choice.target_TK < 0, -1, choice.target_TK // J).view(shape)
-        weight_NJK = choice.weight_TK.view(shape)
+        target_NJK, count_NJ2, weight_NJK = self.router.lists(q_THC, k_TJC, blocks, step)
         y_THC = attend_blocks(
             q_THC, k_TJC, v_TJC, blocks.first_N, blocks.last_N, target_NJK, blocks.size,
-            gate_NJK=weight_NJK if self.config.gated else None,
+            gate_NJK=weight_NJK, count_NJ2=count_NJ2,
             causal=packing.causal, kernels=self.kernels,
         )  # fmt: skip
         N, kv_width = len(blocks.own_N), J * k_TJC.size(2)

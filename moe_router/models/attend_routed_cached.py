@@ -84,7 +84,7 @@ class CachedRoutedAttention:
             self.routed(q_THC, k_TJC, v_TJC, packing),
             packing.blocks(self.config.block),
         )
-        if chosen.target_NJK is None or chosen.weight_NJK is None:
+        if chosen.target_NJK is None:
             self._remember_all(rows, k_TJC)
             return chosen
         sizes = [-(-new // self.config.block) for new in packing.lengths if new]
@@ -92,7 +92,9 @@ class CachedRoutedAttention:
         target_RJK, low_R11 = chosen.target_NJK[last_R], blocks.low_N[last_R][:, None, None]
         target_RJK = torch.where(target_RJK < 0, -1, target_RJK - low_R11)
         row_R = torch.tensor(rows, device=q_THC.device)
-        self.memory.remember(row_R, target_RJK, chosen.weight_NJK[last_R])
+        weight_NJK = chosen.weight_NJK
+        weight_RJK = (target_RJK >= 0).float() if weight_NJK is None else weight_NJK[last_R]
+        self.memory.remember(row_R, target_RJK, weight_RJK)
         return chosen
 
     def _remember_all(self, rows: Sequence[int], like_TJC: Tensor) -> None:

@@ -8,6 +8,7 @@ chooses as one pass over the text does.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from moe_router.config_attention import AttentionConfig
 from moe_router.routing.block_tree import best_in_tree
 from moe_router.types import Choice
 from moe_router_kernels import reference
-from moe_router_kernels.block_choice_op import block_means, choose_blocks
+from moe_router_kernels.block_choice_op import block_means, choose_blocks, route_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,19 @@ class Blocks:
         return cls(size, causal, most, *bounds.to(device, non_blocking=True))
 
 
+class Lists(NamedTuple):
+    """Attributes:
+    target_NJK: int32, key blocks of each query block and KV head, then -1.
+    count_NJ2: int32, how many come first that need no mask, and how many there are; None: nobody
+        has counted.
+    weight_NJK: fp32, what each is weighed by; None: 1.
+    """
+
+    target_NJK: Tensor
+    count_NJ2: Tensor | None = None
+    weight_NJK: Tensor | None = None
+
+
 class BlockRouter:
     """Chooses key blocks: a block's own, those of the window, then the best by score. It has no
     weights of its own: queries and keys are what learns.
@@ -83,15 +97,27 @@ class BlockRouter:
             Choice of T = N J units (block by block) among G = N J groups, n J + j; weights are 1,
             or where `gated` p = sigmoid(score) of a block chosen by score.
         """
-        J = k_TJd.size(1)
+        J, chosen = k_TJd.size(1), self.lists(q_THd, k_TJd, blocks, step)
+        weight_NJK = chosen.weight_NJK
+        if weight_NJK is None:
+            weight_NJK = (chosen.target_NJK >= 0).float()
+        head_J1 = torch.arange(J, device=weight_NJK.device, dtype=torch.int32)[:, None]
+        group_NJK = torch.where(chosen.target_NJK < 0, -1, chosen.target_NJK * J + head_J1)
+        return Choice(group_NJK.flatten(0, 1), weight_NJK.flatten(0, 1))
+
+    def lists(self, q_THd: Tensor, k_TJd: Tensor, blocks: Blocks, step: int | None = None) -> Lists:
+        """The same, as attention wants it."""
+        config = self.config
+        top_k = config.eased(blocks.most, step)
+        bounds = (blocks.own_N, blocks.low_N, blocks.high_N)
+        if config.router == "keys" and not config.branch and not config.gated:
+            where = (blocks.first_N, blocks.last_N, *bounds, blocks.size, top_k, config.near)
+            chosen = route_blocks(q_THd, k_TJd, *where, causal=blocks.causal, kernels=self.kernels)
+            return Lists(*chosen)
         with torch.autocast(q_THd.device.type, enabled=False):
             summaries = self._summaries(q_THd, k_TJd, blocks)
-            bounds = (blocks.own_N, blocks.low_N, blocks.high_N)
-            top_k = self.config.eased(blocks.most, step)
             target_NJK, weight_NJK = self.choose(*summaries, *bounds, blocks.most, top_k)
-        head_J1 = torch.arange(J, device=target_NJK.device, dtype=torch.int32)[:, None]
-        group_NJK = torch.where(target_NJK < 0, -1, target_NJK * J + head_J1)
-        return Choice(group_NJK.flatten(0, 1), weight_NJK.flatten(0, 1))
+        return Lists(target_NJK, None, weight_NJK if config.gated else None)
 
     def _summaries(self, q_THd: Tensor, k_TJd: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """(N, J, d) fp32: what each block asks for, and the mean of its keys."""

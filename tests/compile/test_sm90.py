@@ -246,11 +246,19 @@ def test_attend_blocks(name, tiles, channels, tmp_path):
 @pytest.mark.parametrize("padded, warps", [(64, 1), (1024, 4), (8192, 8)])
 def test_choose_blocks(padded, warps, tmp_path):
     kernel = block_choice._choose_kernel
-    types = dict.fromkeys(["own_ptr", "low_ptr", "high_ptr", "target_ptr"], INTS) | {
-        "score_ptr": FLOATS
-    }
-    types |= dict.fromkeys(["N", "J", "K", "WINDOW"], "i32")
-    sass = machine_code(kernel, types, {"N_PAD": padded}, tmp_path, num_warps=warps)
+    types = {n: INTS if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
+    types["score_ptr"], constants = FLOATS, {"N_PAD": padded, "CAUSAL": False, "COUNT": True}
+    sass = machine_code(kernel, types, constants, tmp_path, num_warps=warps)
+    assert spills(sass) == 0
+
+
+def test_summaries(tmp_path):
+    kernel = block_choice._summaries_kernel
+    types = dict.fromkeys(["q_ptr", "k_ptr"], HALF) | dict.fromkeys(["first_ptr", "last_ptr"], INTS)
+    types |= dict.fromkeys(["query_ptr", "key_ptr"], FLOATS)
+    constants = {"D": 128, "D_PAD": 128, "BLOCK": 64, "GROUP": 4, "GROUP_PAD": 4, "CAUSAL": True}
+    plain, pointers = {"N": "i32", "J": "i32", "scale": "fp32"}, [*types]
+    sass = machine_code(kernel, types | plain, constants, tmp_path, pointers)
     assert spills(sass) == 0
 
 

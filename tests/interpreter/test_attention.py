@@ -102,11 +102,10 @@ def test_the_operation_keeps_to_what_its_fake_says():
     first_N, last_N, sequence = cut([20], 16)
     target_NJK = choice(sequence, 1, 2, generator)
     easy_NJK = attention_op.unmasked(first_N, last_N, target_NJK, 16, True)
-    target_NJK, count_NJ2, order_NJK = attention_op.by_mask(target_NJK, easy_NJK)
+    target_NJK, count_NJ2, _ = attention_op.by_mask(target_NJK, easy_NJK)
     assert target_NJK.tolist() == [[[0, -1]], [[0, 1]]]
     assert count_NJ2.tolist() == [[[0, 1]], [[1, 2]]]
-    easy_NJK, whole_N = easy_NJK.gather(-1, order_NJK), last_N - first_N == 16
-    groups = attention_op.by_key(target_NJK, easy_NJK, whole_N, "reference")
+    groups = attention_op.by_key(target_NJK, count_NJ2, last_N - first_N == 16, "reference")
     gate_NJK = torch.rand(2, 1, 2, device=DEVICE)
     leaves = [torch.randn(20, 1, 16, device=DEVICE) for _ in range(3)] + [gate_NJK]
     leaves = [leaf.requires_grad_() for leaf in leaves]

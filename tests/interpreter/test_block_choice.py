@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_router.routing.blocks import Blocks
-from moe_router_kernels import block_choice_op, reference_attention
+from moe_router_kernels import attention_op, block_choice_op, reference_attention
 from tests.interpreter.poison import poisoned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,6 +32,28 @@ def test_means_and_their_gradient_are_the_references(lengths, block):
     torch.testing.assert_close(got_grad, wanted_grad)
     if block == 7:
         torch.library.opcheck(block_choice_op._block_means, (x, *bounds, 2, block))
+
+
+@pytest.mark.parametrize("lengths, block", [([40], 8), ([5, 0, 33], 7), ([], 16)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_routing_is_the_references(lengths, block, causal):
+    generator = torch.Generator().manual_seed(0)
+    blocks = Blocks.of(lengths, block, DEVICE, causal=causal)
+    q, k = (torch.randn(sum(lengths), n, 24, generator=generator).to(DEVICE) for n in (6, 2))
+    where = (blocks.first_N, blocks.last_N, blocks.own_N, blocks.low_N, blocks.high_N, block)
+    for top_k, window in ((3, 0), (4, 1), (20, 0)):
+        arguments, results = (q, k, *where, top_k, window), []
+        for kernels in ("triton", "reference"):
+            with poisoned():
+                chosen = block_choice_op.route_blocks(*arguments, causal=causal, kernels=kernels)
+            results.append(chosen)
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        target, count = results[0]
+        easy = attention_op.unmasked(*where[:2], target, block, causal)
+        in_order, wanted, _ = attention_op.by_mask(target, easy)
+        assert torch.equal(target, in_order) and torch.equal(count, wanted)
+    if block == 7:
+        torch.library.opcheck(block_choice_op._route_blocks, (*arguments, causal))
 
 
 @pytest.mark.parametrize("lengths, causal", [([16], True), ([5, 0, 9, 1], False), ([], True)])
