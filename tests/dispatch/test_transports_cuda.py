@@ -1,4 +1,8 @@
-"""Every transport on two GPUs equals `local`; the static ones never wait and can be captured."""
+"""Every transport on two GPUs equals `local`; the static ones never wait and can be captured.
+
+Peer memory is tested on one GPU too, by two processes that share it: they take turns, so it is
+slow, but the kernels, the flags and the symmetric memory are the real ones.
+"""
 
 import time
 
@@ -15,21 +19,28 @@ from tests.dispatch import work
 from tests.dispatch.test_transports import ROUTINGS, assert_equals_local
 from tests.gloo import run_ranks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
-STATIC = [name for name in work.TRANSPORTS if name != "all_to_all"]
+pytestmark = pytest.mark.gpu
+GPUS = torch.cuda.device_count()
+BACKEND = "nccl" if GPUS > 1 else "gloo"
+two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+
+def on(names):
+    return [pytest.param(n, marks=() if n == "peer_memory" else two_gpus) for n in names]
+
+
+def own_gpu(rank):
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def on_gpu(rank, ranks, name, cases):
-    return work.move_parts(rank, ranks, name, cases, device=f"cuda:{rank}")
+    return work.move_parts(rank, ranks, name, cases, device=own_gpu(rank))
 
 
-@pytest.mark.parametrize("name", work.TRANSPORTS)
+@pytest.mark.parametrize("name", on(work.TRANSPORTS))
 def test_equals_local(name):
     cases = [(*routing, 2, torch.float32) for routing in ROUTINGS.values()]
-    parts_of = zip(*run_ranks(2, on_gpu, name, cases, backend="nccl"), strict=True)
+    parts_of = zip(*run_ranks(2, on_gpu, name, cases, backend=BACKEND), strict=True)
     for case, parts in zip(cases, parts_of, strict=True):
         assert not any(part["overflow"] for part in parts), case
         assert_equals_local(parts, work.move_whole(*case), case[1], rtol=2e-4, atol=2e-5)
@@ -37,7 +48,7 @@ def test_equals_local(name):
 
 def captured(rank, ranks, name):
     """A round trip that never waits, and the replay of its CUDA graph on other tokens."""
-    device, (T, D, K, E) = torch.device("cuda", rank), (96, 64, 4, 16)
+    device, (T, D, K, E) = own_gpu(rank), (96, 64, 4, 16)
     by = work.transport(name, (0, T))
     torch.manual_seed(rank)
     x_TD = torch.randn(T, D, device=device, dtype=torch.bfloat16)
@@ -66,15 +77,15 @@ def captured(rank, ranks, name):
         return torch.equal(out_TD, run())
 
 
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("name", on(name for name in work.TRANSPORTS if name != "all_to_all"))
 def test_a_static_transport_never_waits_and_can_be_captured(name):
-    assert run_ranks(2, captured, name, backend="nccl") == [True, True]
+    assert run_ranks(2, captured, name, backend=BACKEND) == [True, True]
 
 
 def deserted(rank, ranks):
     """Rank 1 stays away from two round trips: whether rank 0 was told, and after how long; then a
     new transport of both, in the same processes."""
-    device = torch.device("cuda", rank)
+    device = own_gpu(rank)
     placement, target_TK = Placement.contiguous(4, ranks), torch.arange(8).view(4, 2).int() % 4
     choice = Choice(target_TK.to(device), torch.ones(4, 2, device=device))
     inputs = (choice, plan_from_ids(choice.target_TK, 4), placement)
@@ -97,7 +108,28 @@ def deserted(rank, ranks):
 
 
 def test_a_peer_that_stays_away_is_told_and_traps_nobody():
-    (alone, after, seconds), (_, other, _) = run_ranks(2, deserted, backend="nccl")
+    (alone, after, seconds), (_, other, _) = run_ranks(2, deserted, backend=BACKEND)
     assert alone[0] == after == other == (False, True)
     assert [lost for lost, _ in alone[1:]] == [True, True]
     assert seconds < 10
+
+
+def wide(rank, ranks):
+    """Whether five round trips of many rows of a model's width were exact."""
+    device, (T, D, K, E) = own_gpu(rank), (1500, 7168, 8, 256)
+    torch.manual_seed(rank)
+    x_TD = torch.randn(T, D, device=device, dtype=torch.bfloat16)
+    target_TK = torch.rand(T, E, device=device).topk(K).indices.int()
+    choice, plan = Choice(target_TK, torch.rand(T, K, device=device)), plan_from_ids(target_TK, E)
+    ranks_T = (target_TK // (E // ranks)).sort(1).values.diff(dim=1).ne(0).sum(1) + 1
+    by, exact = PeerMemory(T, timeout_s=20), []
+    with torch.no_grad():
+        for _ in range(5):
+            out_TD, overflow = round_trip(by, x_TD, choice, plan, Placement.contiguous(E, ranks))
+            exact.append(torch.equal(out_TD, x_TD * ranks_T[:, None]) and not overflow)
+            x_TD = x_TD.neg()
+    return exact
+
+
+def test_many_wide_rows_come_back_exactly():
+    assert run_ranks(2, wide, backend=BACKEND) == [[True] * 5] * 2
