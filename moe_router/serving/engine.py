@@ -8,11 +8,13 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from moe_router.config import ServeConfig, require
 from moe_router.errors import ClusterError, MoeRouterError, WorkerLostError
 from moe_router.models import Sampling
 from moe_router.models.generate import check_prompts
+from moe_router.serving.chat import Chat
 from moe_router.serving.group import Group
 from moe_router.serving.requests import Ask, Event, Health, Piece, Request
 from moe_router.serving.scheduler import Limits, Scheduler
@@ -51,6 +53,7 @@ class Engine:
         self._recoveries = 0
         self._failed = ""  # why there is no hope
         self._loop: asyncio.Task[None] | None = None
+        self._chat: Chat | None = None  # once somebody has asked for it
 
     async def __aenter__(self) -> "Engine":
         self._loop = asyncio.create_task(self._run())
@@ -73,6 +76,10 @@ class Engine:
         """
         if self._failed:
             raise ClusterError(self._failed)
+        if ask.messages:
+            self._chat = self._chat or Chat.of(self._tokenizer)
+            prompt = self._chat.encode(ask.messages)
+            ask = replace(ask, prompts=(prompt,), messages=(), stop=(*ask.stop, *self._chat.stop))
         requests = self._requests(ask)
         self._scheduler.add(requests)
         inbox: asyncio.Queue[Piece | MoeRouterError] = asyncio.Queue()

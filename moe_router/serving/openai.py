@@ -1,9 +1,9 @@
-"""HTTP in OpenAI's format: /v1/completions, streamed or whole, /v1/models, and /health."""
+"""HTTP in OpenAI's format: /v1/completions and /v1/chat/completions, streamed or whole, /v1/models,
+and /health."""
 
 import asyncio
 import json
 import logging
-import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -16,13 +16,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from moe_router.errors import ClusterError, MoeRouterError, QueueFullError, WorkerLostError
 from moe_router.serving.http_guard import Guard
+from moe_router.serving.openai_chat import ChatFormat, ChatRequest
 from moe_router.serving.openai_types import (
+    CompletionFormat,
     CompletionRequest,
     FieldError,
-    choice,
-    completion,
     error_body,
-    logprobs_of,
     usage,
 )
 from moe_router.serving.requests import Piece
@@ -31,6 +30,8 @@ from moe_router.serving.service import Service
 MAX_BODY = 4 << 20  # bytes: a prompt of a million token ids
 _RETRY_S = 5  # about what it takes to make a lost rank anew
 _GONE = 499  # nginx's number for a client that went away; nobody reads it
+Asked = CompletionRequest | ChatRequest
+Format = CompletionFormat | ChatFormat
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +51,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     app.add_api_route("/health", front.health, methods=["GET"])
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/completions", front.completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", front.chat, methods=["POST"])
     return app
 
 
@@ -71,6 +73,15 @@ class _Front:
 
     async def completions(self, request: Request) -> Response:
         asked = CompletionRequest.read(await read_body(request))
+        style = CompletionFormat(self._service.model, logprobs=asked.logprobs is not None)
+        return await self._answer(request, asked, style)
+
+    async def chat(self, request: Request) -> Response:
+        asked = ChatRequest.read(await read_body(request))
+        style = ChatFormat(self._service.model, logprobs=bool(asked.logprobs))
+        return await self._answer(request, asked, style)
+
+    async def _answer(self, request: Request, asked: Asked, style: Format) -> Response:
         model = self._service.model
         if asked.model is not None and asked.model != model:
             body = error_body(
@@ -81,58 +92,46 @@ class _Front:
             )
             return JSONResponse(body, 404)
         pieces = self._service.stream(asked.ask)
-        wants_logprobs = asked.logprobs is not None
         if not asked.stream:
-            return await _unless_gone(request, self._whole(pieces, wants_logprobs))
+            return await _unless_gone(request, _whole(pieces, style))
         # the first piece is awaited here: what is wrong with a request has a status of its own
         first = await anext(pieces)
-        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = self._events(first, pieces, with_usage, wants_logprobs)
+        events = _events(first, pieces, style, asked.with_usage)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
 
-    async def _whole(self, pieces: AsyncGenerator[Piece], wants_logprobs: bool) -> Response:
-        got: dict[int, list[Piece]] = defaultdict(list)
-        async with aclosing(pieces):
-            async for piece in pieces:
-                got[piece.index].append(piece)
-        choices = []
-        for index, of in sorted(got.items()):
-            said = [one for piece in of for one in piece.said]
-            told = logprobs_of(said) if wants_logprobs else None
-            choices.append(choice(index, "".join(p.text for p in of), of[-1].finish, told))
-        used = usage([of[-1] for of in got.values()])
-        return JSONResponse(completion(_new_id(), self._service.model, choices, usage=used))
 
-    async def _events(
-        self,
-        first: Piece,
-        pieces: AsyncGenerator[Piece],
-        with_usage: bool,
-        wants_logprobs: bool,
-    ) -> AsyncIterator[str]:
-        id_, model = _new_id(), self._service.model
-        more: dict[str, Any] = {"usage": None} if with_usage else {}
-        last: dict[int, Piece] = {}
-        start: dict[int, int] = defaultdict(int)  # characters that were scored
-        async with aclosing(pieces):
-            try:
-                async for piece in chain(first, pieces):
-                    last[piece.index] = piece
-                    if piece.text or piece.finish or piece.said:
-                        told = None
-                        if wants_logprobs:
-                            told = logprobs_of(piece.said, start[piece.index])
-                            start[piece.index] += sum(len(one.text) for one in piece.said)
-                        part = choice(piece.index, piece.text, piece.finish, told)
-                        yield _event(completion(id_, model, [part], **more))
-            except Exception as error:
-                yield answer_as_event(error)  # the status has gone out; no [DONE] follows
-                return
-        if with_usage:
-            yield _event(completion(id_, model, [], usage=usage(list(last.values()))))
-        yield "data: [DONE]\n\n"
+async def _whole(pieces: AsyncGenerator[Piece], style: Format) -> Response:
+    got: dict[int, list[Piece]] = defaultdict(list)
+    async with aclosing(pieces):
+        async for piece in pieces:
+            got[piece.index].append(piece)
+    choices = []
+    for index, of in sorted(got.items()):
+        said = [one for piece in of for one in piece.said]
+        choices.append(style.choice(index, "".join(p.text for p in of), of[-1].finish, said))
+    return JSONResponse(style.whole(choices, usage([of[-1] for of in got.values()])))
+
+
+async def _events(
+    first: Piece, pieces: AsyncGenerator[Piece], style: Format, with_usage: bool
+) -> AsyncIterator[str]:
+    more: dict[str, Any] = {"usage": None} if with_usage else {}
+    last: dict[int, Piece] = {}
+    async with aclosing(pieces):
+        try:
+            async for piece in chain(first, pieces):
+                last[piece.index] = piece
+                if piece.text or piece.finish or piece.said:
+                    part = style.part(piece.index, piece.text, piece.finish, piece.said)
+                    yield _event(style.chunk([part], **more))
+        except Exception as error:
+            yield answer_as_event(error)  # the status has gone out; no [DONE] follows
+            return
+    if with_usage:
+        yield _event(style.chunk([], usage=usage(list(last.values()))))
+    yield "data: [DONE]\n\n"
 
 
 async def chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
@@ -204,7 +203,3 @@ def answer_as_event(error: Exception) -> str:
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-
-def _new_id() -> str:
-    return f"cmpl-{secrets.token_hex(12)}"

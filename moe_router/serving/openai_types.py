@@ -1,10 +1,12 @@
 """The JSON of OpenAI's legacy completions: what is read, and what is written."""
 
 import json
+import secrets
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,25 +18,24 @@ _Ids = Annotated[list[_Id], Field(min_length=1)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _WANTED = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
+    "messages": "a list of {role, content}, content a text or a list of text parts",
     "stop": "a text or up to 4 texts, each of 1..256 characters",
 }
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class CompletionRequest(_Strict):
-    """Fields that this server has no use for are taken at the value that changes nothing."""
+class Common(Strict):
+    """What both kinds of request have."""
 
     model: str | None = None
-    prompt: str | _Ids | list[str] | list[_Ids]
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None  # not OpenAI's; 0 is off
@@ -44,16 +45,12 @@ class CompletionRequest(_Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
     n: Literal[1] | None = None
-    best_of: Literal[1] | None = None
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    suffix: Literal[""] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
 
     @classmethod
-    def read(cls, body: bytes) -> "CompletionRequest":
+    def read(cls, body: bytes) -> Self:
         """Parse a body. Raises FieldError: it is no such request."""
         try:
             return cls.model_validate_json(body)
@@ -61,19 +58,66 @@ class CompletionRequest(_Strict):
             raise FieldError.of(error) from None
 
     @property
-    def ask(self) -> Ask:
+    def sampling(self) -> dict[str, Any]:
+        """Of an `Ask`."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        how = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {**how, "seed": self.seed, "stop": stop}
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(Common):
+    """Fields that this server has no use for are taken at the value that changes nothing."""
+
+    prompt: str | _Ids | list[str] | list[_Ids]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    best_of: Literal[1] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def ask(self) -> Ask:
         return Ask(
             prompts=_prompts(self.prompt),
             max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=stop,
             logprobs=self.logprobs,
             echo=bool(self.echo),
+            **self.sampling,
         )
+
+
+class CompletionFormat:
+    """How an answer is written.
+
+    Args:
+        logprobs: were asked for.
+    """
+
+    def __init__(self, model: str, *, logprobs: bool) -> None:
+        self._model, self._logprobs = model, logprobs
+        self._id, self._created = id_of("cmpl"), int(time.time())
+        self._start: dict[int, int] = defaultdict(int)  # characters that were scored
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        return self.chunk(choices, usage=usage)
+
+    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        about = {"id": self._id, "object": "text_completion", "created": self._created}
+        return {**about, "model": self._model, "choices": choices, **more}
+
+    def choice(self, index: int, text: str, finish: str, said: Sequence[Said]) -> dict[str, Any]:
+        """Of a whole answer, or of a part of it, in order."""
+        told = None
+        if self._logprobs:
+            told = logprobs_of(said, self._start[index])
+            self._start[index] += sum(len(one.text) for one in said)
+        return {"text": text, "index": index, "logprobs": told, "finish_reason": finish or None}
+
+    part = choice
 
 
 def _prompts(
@@ -111,24 +155,8 @@ class FieldError(ConfigError):
         return cls(top, f"{field}={got}: {first['msg']}")
 
 
-def completion(
-    id_: str, model: str, choices: Sequence[dict[str, Any]], **more: Any
-) -> dict[str, Any]:
-    """A whole answer, or one chunk of a stream."""
-    return {
-        "id": id_,
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": list(choices),
-        **more,
-    }
-
-
-def choice(
-    index: int, text: str, finish: str, logprobs: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish or None}
+def id_of(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
 
 
 def logprobs_of(said: Sequence[Said], start: int = 0) -> dict[str, Any]:

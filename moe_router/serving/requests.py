@@ -24,6 +24,8 @@ class Ask:
             tells of neither.
         echo: the answer begins with the prompt, and so do the log-probabilities; then max_tokens
             may be 0.
+        messages: a conversation, role and content, in the place of prompts; the checkpoint's chat
+            template makes one of it.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -36,6 +38,7 @@ class Ask:
     trace: bool = False
     logprobs: int | None = None
     echo: bool = False
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ STOP = TOKENIZER.document_id
 class Counting(OneRank):
     """Counts passes; `lost` breaks the next one."""
 
-    def __init__(self):
-        super().__init__(MODEL, STOP)
+    def __init__(self, model, tokenizer):
+        super().__init__(model, tokenizer.document_id)
         self.passes, self.lost = 0, False
 
     async def step(self, work):
@@ -50,13 +50,13 @@ class WatchedEngine(Engine):
 
 
 @contextmanager
-def served(token=None, page=False, chaos=False, **limits):
+def served(token=None, page=False, chaos=False, model=MODEL, tokenizer=TOKENIZER, **limits):
     """The port of a server in a thread, and its group."""
-    group, ready, ports = Counting(), threading.Event(), []
+    group, ready, ports = Counting(model, tokenizer), threading.Event(), []
 
     async def run():
         defaults = ServeConfig(max_new_tokens=6)
-        async with WatchedEngine(group, TOKENIZER, "tiny", defaults, Limits(**limits)) as engine:
+        async with WatchedEngine(group, tokenizer, "tiny", defaults, Limits(**limits)) as engine:
             app = make_app(engine, token)
             if page:
                 add_page(app, engine, chaos=chaos)

@@ -12,7 +12,7 @@ from moe_router.training.data import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 
 
-def byte_model(std=8.0, routing=None, dim=16, kernels="auto", **moe):
+def byte_model(std=8.0, routing=None, dim=16, kernels="auto", vocab=TOKENIZER.vocab, **moe):
     """As initialised by one seed, for any number of ranks; attention and router matter."""
     config = ModelConfig(
         layers=3,
@@ -25,7 +25,7 @@ def byte_model(std=8.0, routing=None, dim=16, kernels="auto", **moe):
     )
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     dispatcher = AllToAll() if ranks > 1 else Local()
-    model = CausalLM(config, TOKENIZER.vocab, dispatcher=dispatcher, kernels=kernels)
+    model = CausalLM(config, vocab, dispatcher=dispatcher, kernels=kernels)
     init_parameters(model, seed=3)
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -72,6 +72,10 @@ class FileTokenizer:
 
     The separator is the file's end-of-text token, else its begin-of-text token, else a new id at
     the end of the vocabulary.
+
+    Attributes:
+        path: of the file.
+        special: texts of its special tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,6 +86,7 @@ class FileTokenizer:
         Raises:
             DataError: it is missing or not a tokenizer.
         """
+        self.path = path
         self._library = _open(path)
         self._library.encode_special_tokens = True
         self._library.no_truncation()
@@ -89,6 +94,7 @@ class FileTokenizer:
         spec = json.loads(self._library.to_str())
         added = {token["content"]: token for token in spec["added_tokens"]}
         known = self._library.get_vocab(with_added_tokens=True)
+        self.special = tuple(name for name, token in added.items() if token["special"])
         self.vocab = max(known.values()) + 1
         self.document_id = _separator(known, added)
         if self.document_id < 0:
@@ -100,6 +106,14 @@ class FileTokenizer:
         """The ids of a text, without special tokens."""
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_special(self, text: str) -> list[int]:
+        """The ids of a text that a template wrote: special tokens in it are what they say."""
+        self._library.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._library.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, by the file's own decoder."""
