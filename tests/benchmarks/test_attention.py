@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, attention_cases, attention_tiles, results
+from benchmarks import attention, attention_cases, attention_table, attention_tiles, results
 from benchmarks.attention_cases import Case, Shape
 
 CPU = torch.device("cpu")
@@ -95,3 +95,22 @@ def test_tiles_are_rows_of_the_lengths_that_have_them():
     names = attention_tiles.tile_names(32768)
     assert len(names) == 9 and names[0] == "tiles/forward/wide/share30/T32768"
     assert attention_tiles.tile_names(1024) == []
+
+
+def test_the_table_says_what_was_lost_and_what_was_not_timed():
+    peers = {"flash": {"value": 9.0, "peak_mib": 3.0}, "cudnn": {"reason": "no GPU"}}
+    lost = {
+        "name": "forward/top16/T64", "value": 10.0, "share": 0.5, "tflops": 2.0,
+        "selection_us": 1.0, "peak_mib": 4.0, "peers": peers, "best_peer": "flash",
+        "peer_value": 9.0, "ratio": 0.9, "goal": None,
+    }  # fmt: skip
+    wrong = {"name": "forward/top16/T8", "value": None, "reason": "WrongResult: error 1"}
+    cut = {"name": "tiles/keys/wide/share30/T32768", "value": 5.0, "cut": "Tile()", "best": True}
+    growth = {"name": "growth/top16/forward", "value": 1.02, "between": [8, 64], "goal": 1.15}
+    text = attention_table.table([lost, growth, cut, wrong]).splitlines()
+    assert text[2].startswith("| forward/top16/T8 | none: WrongResult: error 1 |")
+    assert text[3].startswith("| forward/top16/T64 | 10.0 | 0.5 | 2.0 | 1.0 | 4.0 | flash | 9.0 |")
+    assert "| **0.9** |  | cudnn no GPU |" in text[3]
+    assert len({line.count("|") for line in text[:4]}) == 1
+    assert text[7] == "| keys | wide: Tile() | 5.0 |  | yes |"
+    assert text[-1].endswith("1.02 from 8 to 64 tokens (goal: at most 1.15)")

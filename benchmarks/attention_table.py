@@ -1,0 +1,67 @@
+"""The saved rows of benchmarks.attention as markdown: python -m benchmarks.attention_table."""
+
+import json
+
+from benchmarks.attention_tiles import TILED
+from benchmarks.results import ROOT, Row
+
+SPEED = ("row", "ours, us", "share of pairs", "TFLOP/s of them", "choosing, us", "peak MiB",
+         "best dense", "its us", "its peak MiB", "times faster", "goal", "others, us")  # fmt: skip
+
+
+def line(cells: tuple[object, ...]) -> str:
+    return "| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |"
+
+
+def head(names: tuple[str, ...]) -> str:
+    return line(names) + "\n|" + "---|" * len(names)
+
+
+def speed(row: Row) -> str:
+    """A row of the first table; why there is no time, if there is none."""
+    if row["value"] is None:
+        return line((row["name"], f"none: {row['reason']}", *[None] * (len(SPEED) - 2)))
+    peers, best = row["peers"], row["best_peer"]
+    others = [f"{n} {e.get('value') or e['reason']}" for n, e in peers.items() if n != best]
+    ratio = row["ratio"]
+    lost = ratio is not None and ratio < (row["goal"] or 1)
+    return line((
+        row["name"], row["value"], row["share"], row["tflops"], row["selection_us"],
+        row["peak_mib"], best, row["peer_value"], peers[best]["peak_mib"] if best else None,
+        f"**{ratio}**" if lost else ratio, row["goal"], ", ".join(others),
+    ))  # fmt: skip
+
+
+def tokens(row: Row) -> int:
+    return int(row["name"].rsplit("/T", 1)[1])
+
+
+def table(rows: list[Row]) -> str:
+    timed = [row for row in rows if row["name"].startswith("forward")]
+    timed.sort(key=lambda row: (row["name"].split("/")[:2], tokens(row)))
+    parts = [head(SPEED), *map(speed, timed), ""]
+    cuts = {row["name"]: row for row in rows if row["name"].startswith("tiles/")}
+    kinds = [f"{kind}/T{T}" for T, kind in TILED.items()]
+    parts.append(head(("kernel", "tile", *(f"{kind}, TFLOP/s" for kind in kinds), "taken")))
+    for kernel, tile in dict.fromkeys(tuple(name.split("/")[1:3]) for name in cuts):
+        found = [cuts.get(f"tiles/{kernel}/{tile}/{kind}", {}) for kind in kinds]
+        cut = next(row["cut"] for row in found if "cut" in row)
+        values = [row.get("value") for row in found]
+        parts.append(line((kernel, f"{tile}: {cut}", *values, "yes" if found[0]["best"] else "")))
+    parts.append("")
+    for row in rows:
+        if row["name"].startswith("growth/"):
+            a, b = row["between"]
+            parts.append(
+                f"- {row['name']}: time grows with n to the power {row['value']} from {a} to {b} "
+                f"tokens (goal: at most {row['goal']})"
+            )
+    return "\n".join(parts)
+
+
+def main() -> None:
+    print(table(json.loads((ROOT / "results" / "attention.json").read_text())))
+
+
+if __name__ == "__main__":
+    main()
