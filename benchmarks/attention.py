@@ -6,7 +6,8 @@ B 1, 32 heads, 8 KV heads, 128 channels, bf16, blocks of 64. A row's time holds 
 attention; `share30` chooses the fewest blocks that hold 30% of the causal pairs, `top16` 16 blocks.
 Ours is checked at the size that is timed; then all are timed in turn, each sample with a cold L2
 cache, as CUDA graphs where that works. `tiles` are our kernels alone, as
-`block_attention.TILES` cuts them, in TFLOP/s of executed pairs. Rows are saved as they are made;
+`block_attention.TILES` cuts them, in TFLOP/s of executed pairs. `decode` is one token at the end of
+a text in a paged cache, beside our dense attention to it. Rows are saved as they are made;
 one that fails says why.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention_cases import BOUND, DENSE, Case, Shape
+from benchmarks.attention_decode import DECODED, decode_name, measure_decode
 from benchmarks.attention_tiles import measure_tile, tile_names
 from benchmarks.contest import WrongResult, tell, why
 from benchmarks.results import Row, provenance, save
@@ -72,7 +74,12 @@ class Bench:
             for name in tile_names(T):
                 if self.chosen(name) and not self.deadline.over():
                     case = case or Case(replace(self.shape, tokens=T), self.device)
-                    yield self.tile(case, name)
+                    tile = partial(measure_tile, case, name)
+                    yield self.alone(name, "TFLOP/s", tile) | {"ceiling": round(self.ceiling, 1)}
+            if T in DECODED and self.chosen(decode_name(T)) and not self.deadline.over():
+                sizes = (self.shape.heads, self.shape.kv_heads, self.shape.channels)
+                run = partial(measure_decode, T, *sizes, self.device)
+                yield self.alone(decode_name(T), "us", run)
         yield from self.growth()
 
     def contest(self, case: Case, way: str, kinds: list[str]) -> Iterator[Row]:
@@ -180,11 +187,12 @@ class Bench:
                     "between": GROWTH, "goal": 1.15, "correct": True,
                 }  # fmt: skip
 
-    def tile(self, case: Case, name: str) -> Row:
+    def alone(self, name: str, unit: str, measure: Callable[[], Row]) -> Row:
+        """A row that needs no contest."""
         tell(name)
-        row: Row = {"name": name, "unit": "TFLOP/s", "ceiling": round(self.ceiling, 1)}
+        row: Row = {"name": name, "unit": unit}
         try:
-            return row | measure_tile(case, name) | {"correct": True}
+            return row | measure() | {"correct": True}
         except Exception as problem:  # a tile that does not fit is a line of the table
             return row | {"value": None, "correct": False, "reason": why(problem)}
 
@@ -225,7 +233,8 @@ def shown(row: Row) -> str:
         return f"{row['name']}: {row['reason']}"
     text = f"{row['name']}: {row['value']} {row['unit']}"
     if "peers" not in row:
-        return f"{text} {row.get('cut', '')}"
+        beside = f", {row['best_peer']} {row['peer_value']}" if "best_peer" in row else ""
+        return f"{text} {row.get('cut', '')}{beside}"
     peers = ", ".join(f"{n} {e.get('value') or e['reason']}" for n, e in row["peers"].items())
     return (
         f"{text}, {row['tflops']} TFLOP/s, selection {row['selection_us']} us, share "

@@ -14,8 +14,45 @@ from moe_router.models.kv_cache import LayerCache
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn
 from moe_router_kernels import reference
+from moe_router_kernels.paged_op import attend_pages
 
 AT_ONCE = 1 << 26  # numbers gathered from a cache for one product
+
+
+def attend_chosen_pages(
+    q_THC: Tensor,
+    pages_2NJSC: Tensor,
+    table_BM: Tensor,
+    row_T: Tensor,
+    slot_T: Tensor,
+    target_TJK: Tensor,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Single queries to blocks of a paged cache, where a block is whole pages: each KV head is a
+    sequence of its own, whose pages are those of the chosen blocks.
+
+    Args:
+        pages_2NJSC, table_BM: the cache, see `reference_pages`.
+        row_T, slot_T: the sequence of each query, and its slot there.
+        target_TJK: int32, blocks of its sequence, ascending, its own as the last, then -1.
+
+    Returns:
+        (T, H, C), and (T, J), how many keys each has seen.
+    """
+    (T, J, _), (_, N, _, S, C) = target_TJK.shape, pages_2NJSC.shape
+    inside = torch.arange(block // S, device=slot_T.device)
+    place = (target_TJK.clamp(min=0)[..., None] * (block // S) + inside).flatten(2)
+    page = table_BM[row_T[:, None, None], place.clamp(max=table_BM.size(1) - 1)]
+    head_J1 = torch.arange(J, device=slot_T.device, dtype=page.dtype)[:, None]
+    seen_TJ = ((target_TJK >= 0).sum(-1) - 1) * block + (slot_T % block)[:, None] + 1
+    y_XGC = attend_pages(
+        q_THC.reshape(T * J, -1, C),
+        pages_2NJSC.view(2, N * J, 1, S, C),
+        (page * J + head_J1).flatten(0, 1),
+        torch.arange(T * J, device=slot_T.device),
+        seen_TJ.flatten(),
+    )
+    return y_XGC.reshape(q_THC.shape), seen_TJ
 
 
 class CachedRoutedAttention:
@@ -167,6 +204,10 @@ class CachedRoutedAttention:
         """Each token to its own slots, as many tokens at a time as memory bears; and the pairs."""
         (T, J, K), (_, H, C), size = target_TJK.shape, q_THC.shape, self.config.block
         pool, device = self.cache.pool, slot_T.device
+        if size % pool.slots == 0 and not self.config.gated:
+            where = (pool.kv_2NJSC, self.cache.table_BM, row_T, slot_T, target_TJK, size)
+            y_THC, seen_TJ = attend_chosen_pages(q_THC, *where)
+            return y_THC, seen_TJ.sum() // J
         at, head_J1 = torch.arange(size, device=device), torch.arange(J, device=device)[:, None]
         outs, pairs = [], slot_T.new_zeros(())
         token_T, few = torch.arange(T, device=device), max(1, AT_ONCE // (J * K * size * C))

@@ -5,8 +5,16 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, attention_cases, attention_table, attention_tiles, results
+from benchmarks import (
+    attention,
+    attention_cases,
+    attention_decode,
+    attention_table,
+    attention_tiles,
+    results,
+)
 from benchmarks.attention_cases import Case, Shape
+from benchmarks.contest import WrongResult
 
 CPU = torch.device("cpu")
 
@@ -69,6 +77,21 @@ def test_pairs_are_those_that_the_choice_computes():
     for tokens in (4096, 32768, 65536):
         shape = Shape("share30", tokens)
         assert 0.3 <= shape.pairs / shape.dense_pairs < 0.33
+
+
+@pytest.mark.parametrize("tokens", [1300, 2048])
+def test_decoding_is_checked_against_the_chosen_keys(tokens, monkeypatch):
+    row = attention_decode.measure_decode(tokens, 4, 2, 16, CPU)
+    assert row["error"] < 1e-5 and row["value"] > 0 and row["peer_value"] > 0
+    attend = attention_decode.attend_chosen_pages
+
+    def wrong(*arguments):
+        y, seen = attend(*arguments)
+        return y * 1.1, seen
+
+    monkeypatch.setattr(attention_decode, "attend_chosen_pages", wrong)
+    with pytest.raises(WrongResult, match=r"error 0\.1"):
+        attention_decode.measure_decode(tokens, 4, 2, 16, CPU)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

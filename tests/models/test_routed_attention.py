@@ -83,11 +83,14 @@ def test_a_later_token_changes_nothing_before_it(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("prompts", [[0] * 5, [36, 1, 0, 5, 8], [13, 0, 0, 22, 4]])
-def test_prefill_then_decode_is_one_pass(name, prompts):
+@pytest.mark.parametrize(
+    "prompts, page", [([0] * 5, 64), ([36, 1, 0, 5, 8], 4), ([13, 0, 0, 22, 4], 2)]
+)
+def test_prefill_then_decode_is_one_pass(name, prompts, page):
     model, (ids, position, offsets) = model_with(VARIANTS[name]), packed(LENGTHS, vocab=VOCAB)
     wanted = logits(model, ids, position, offsets)
-    cache, got = KVCache(3, len(LENGTHS)), torch.full_like(wanted, torch.nan)
+    cache = KVCache(3, len(LENGTHS), page=page)  # a block is part of a page, one page, two pages
+    got = torch.full_like(wanted, torch.nan)
     done = [0] * len(LENGTHS)
     # a token at a time, then four: blocks begin inside of a step
     for step in [prompts, *[[1] * 5] * 7, *[[4] * 5] * 10]:
