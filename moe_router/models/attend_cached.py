@@ -44,24 +44,18 @@ def attend_cached(
     if packing.tokens == 0:
         return q_THC
     y_THC = torch.empty_like(q_THC)
-    for (way, _), rows in _alike(packing.lengths, held).items():
-        part = Part.of(rows, packing)
+    for way, part, whole in _ways(packing, held):
         q_RHC, slot_R = q_THC[part.token_R], slot_T[part.token_R]
         if way == "one":
             y_RHC = attend_pages(q_RHC, pages_2NJSC, table_BM, part.row_B, slot_R + 1)
         elif way == "new":
             y_RHC = attend_packed(q_RHC, k_TJC[part.token_R], v_TJC[part.token_R], part.packing)
         elif runs_flash(q_THC):
-            keys = Packing(
-                torch.tensor([0, *accumulate(held[row] + packing.lengths[row] for row in rows)]),
-                packing.device,
-            )
-            row_S = part.row_B[keys.sequence_T]
-            cache = reference_pages.gather(pages_2NJSC, table_BM, row_S, keys.rank_T)
-            y_RHC = flash(True)(q_RHC, *cache, part.packing, keys)
+            row_S = part.row_B[whole.sequence_T]
+            cache = reference_pages.gather(pages_2NJSC, table_BM, row_S, whole.rank_T)
+            y_RHC = flash(True)(q_RHC, *cache, part.packing, whole)
         else:
-            most = max(held[row] + packing.lengths[row] for row in rows)
-            table = table_BM[part.row_B, : -(-most // pages_2NJSC.size(3))]
+            table = table_BM[part.row_B, : -(-whole.longest // pages_2NJSC.size(3))]
             seen_B = slot_R[part.packing.offsets_B1[1:].long() - 1] + 1
             cache = reference_pages.read(pages_2NJSC, table, seen_B)
             y_RHC = _attend_grid(q_RHC, *cache, slot_R, part.packing)
@@ -87,6 +81,19 @@ class Part:
         token_R = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
         inside = Packing(torch.tensor([0, *accumulate(lengths)]), packing.device)
         return cls(inside, row_B, token_R.to(packing.device))
+
+
+def _ways(packing: Packing, held: Sequence[int]) -> list[tuple[str, Part, Packing]]:
+    """How sequences attend, which ones, and their whole texts; once for layers that hold alike."""
+    key = tuple(held)
+    if key not in packing.ways:
+        packing.ways[key] = ways = []
+        for (way, _), rows in _alike(packing.lengths, held).items():
+            ends = [0, *accumulate(held[row] + packing.lengths[row] for row in rows)]
+            whole = Packing(torch.tensor(ends), packing.device)
+            ways.append((way, Part.of(rows, packing), whole))
+    found: list[tuple[str, Part, Packing]] = packing.ways[key]
+    return found
 
 
 def _alike(lengths: Sequence[int], held: Sequence[int]) -> dict[tuple[str, int], list[int]]:

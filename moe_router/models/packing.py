@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class Packing:
         self.sequences = len(self.lengths)
         self.device = device
         self._blocks: dict[int, Blocks] = {}
+        self.ways: dict[tuple[int, ...], Any] = {}  # of attending to a cache, by what it holds
         self.offsets_B1 = offsets_B1.to(device, torch.int32, non_blocking=True)
 
     def only(self, kept_T: Tensor) -> "Packing":
