@@ -14,7 +14,6 @@ one that fails says why.
 import argparse
 import fnmatch
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ import torch
 
 from benchmarks.attention_cases import BOUND, DENSE, Case, Shape
 from benchmarks.attention_decode import DECODED, decode_name, measure_decode
+from benchmarks.attention_runs import pass_of, peak_mib, seconds, shown, wait
 from benchmarks.attention_tiles import measure_tile, tile_names
 from benchmarks.contest import WrongResult, tell, why
 from benchmarks.results import Row, provenance, save
@@ -195,52 +195,6 @@ class Bench:
             return row | measure() | {"correct": True}
         except Exception as problem:  # a tile that does not fit is a line of the table
             return row | {"value": None, "correct": False, "reason": why(problem)}
-
-
-def pass_of(case: Case, way: str, attend: Run) -> Run:
-    if way == "forward":
-        return torch.no_grad()(attend)
-    return lambda: case.backward(attend())
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(run: Run, device: torch.device) -> float:
-    wait(device)
-    began = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - began
-
-
-def peak_mib(run: Run) -> float | None:
-    """What a run takes beyond what was there; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
-def shown(row: Row) -> str:
-    if row["value"] is None:
-        return f"{row['name']}: {row['reason']}"
-    text = f"{row['name']}: {row['value']} {row['unit']}"
-    if "peers" not in row:
-        beside = f", {row['best_peer']} {row['peer_value']}" if "best_peer" in row else ""
-        return f"{text} {row.get('cut', '')}{beside}"
-    peers = ", ".join(f"{n} {e.get('value') or e['reason']}" for n, e in row["peers"].items())
-    return (
-        f"{text}, {row['tflops']} TFLOP/s, selection {row['selection_us']} us, share "
-        f"{row['share']}, peak {row['peak_mib']} MiB, ratio {row['ratio']} (goal {row['goal']}) "
-        f"| {peers}"
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:

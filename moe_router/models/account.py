@@ -62,7 +62,7 @@ class Account:
             pairs = (new_B * (cache.length_B - new_B)).sum() + pairs
         choosing = 0
         if attended is not None:
-            pairs, choosing = attended
+            pairs, choosing = attended.pairs(), attended.choosing
         self._ledger.add(
             "attention",
             _attention(self._config, tokens, pairs) + choosing,

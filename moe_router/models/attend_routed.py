@@ -1,7 +1,8 @@
 """Attention of packed sequences to the blocks that a router chose."""
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -14,15 +15,16 @@ from moe_router.routing.blocks import BlockRouter, Blocks
 from moe_router_kernels.attention_op import attend_blocks
 
 _log = logging.getLogger(__name__)
+Count = Callable[[], Tensor | int]
 
 
 class Executed(NamedTuple):
     """Attributes:
-    pairs: queries and the keys they saw, mean over heads; a scalar, or known to the host.
+    pairs: counts queries and the keys they saw, mean over heads: for who asks, it takes launches.
     choosing: FLOPs of the choice.
     """
 
-    pairs: Tensor | int
+    pairs: Count
     choosing: int
 
 
@@ -63,7 +65,7 @@ class RoutedAttention:
         top_k = self.config.eased(blocks.most, step)
         if self.sees_all(blocks.most, top_k):
             y_THC = attend_packed(q_THC, k_TJC, v_TJC, packing)
-            return Chosen(y_THC, Executed(packing.pairs, 0))
+            return Chosen(y_THC, Executed(lambda: packing.pairs, 0))
         target_NJK, count_NJ2, weight_NJK = self.router.lists(q_THC, k_TJC, blocks, step)
         y_THC = attend_blocks(
             q_THC, k_TJC, v_TJC, blocks.first_N, blocks.last_N, target_NJK, blocks.size,
@@ -72,7 +74,7 @@ class RoutedAttention:
         )  # fmt: skip
         N, kv_width = len(blocks.own_N), J * k_TJC.size(2)
         choosing = self.config.choosing(N, N, kv_width, blocks.most)
-        executed = Executed(pairs_of(target_NJK, blocks), choosing)
+        executed = Executed(partial(pairs_of, target_NJK, blocks), choosing)
         return Chosen(y_THC, executed, target_NJK, weight_NJK)
 
     def sees_all(self, blocks: int, top_k: int) -> bool:

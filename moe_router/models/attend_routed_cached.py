@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_router.models.attend_cached import Part, attend_cached
-from moe_router.models.attend_routed import Chosen, Executed, RoutedAttention
+from moe_router.models.attend_routed import Chosen, Count, Executed, RoutedAttention
 from moe_router.models.block_memory import BlockMemory
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.packing import Packing
@@ -89,7 +89,7 @@ class CachedRoutedAttention:
         held: Sequence[int],
     ) -> Chosen:
         if packing.tokens == 0:
-            return Chosen(q_THC, Executed(0, 0))
+            return Chosen(q_THC, Executed(lambda: 0, 0))
         cache = self.cache
         self.memory.write(k_TJC, packing.sequence_T, slot_T, cache.lengths, self.config.top_k)
         rows = [b for b, new in enumerate(packing.lengths) if new]
@@ -100,8 +100,8 @@ class CachedRoutedAttention:
             self._remember_all(rows, k_TJC)
             where = (cache.pool.kv_2NJSC, cache.table_BM, slot_T, packing, held)
             y_THC = attend_cached(q_THC, k_TJC, v_TJC, *where)
-            return Chosen(y_THC, Executed((slot_T + 1).sum(), 0))
-        y_THC, pairs, choosing = torch.empty_like(q_THC), slot_T.new_zeros(()), 0
+            return Chosen(y_THC, Executed(lambda: (slot_T + 1).sum(), 0))
+        y_THC, choosing, counts = torch.empty_like(q_THC), 0, []
         for some in filter(None, (fresh, running)):
             part = Part.of(some, packing)
             q, k, v, slot_R = (x[part.token_R] for x in (q_THC, k_TJC, v_TJC, slot_T))
@@ -110,8 +110,9 @@ class CachedRoutedAttention:
             else:
                 chosen = self._go_on(some, q, slot_R, part.packing, held)
             y_THC[part.token_R] = chosen.y_THC
-            pairs, choosing = pairs + chosen.executed.pairs, choosing + chosen.executed.choosing
-        return Chosen(y_THC, Executed(pairs, choosing))
+            counts.append(chosen.executed.pairs)
+            choosing += chosen.executed.choosing
+        return Chosen(y_THC, Executed(lambda: sum(count() for count in counts), choosing))
 
     def _begin(
         self, rows: Sequence[int], q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing
@@ -200,14 +201,14 @@ class CachedRoutedAttention:
         slot_T: Tensor,
         target_TJK: Tensor,
         weight_TJK: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Count]:
         """Each token to its own slots, as many tokens at a time as memory bears; and the pairs."""
         (T, J, K), (_, H, C), size = target_TJK.shape, q_THC.shape, self.config.block
         pool, device = self.cache.pool, slot_T.device
         if size % pool.slots == 0 and not self.config.gated:
             where = (pool.kv_2NJSC, self.cache.table_BM, row_T, slot_T, target_TJK, size)
             y_THC, seen_TJ = attend_chosen_pages(q_THC, *where)
-            return y_THC, seen_TJ.sum() // J
+            return y_THC, lambda: seen_TJ.sum() // J
         at, head_J1 = torch.arange(size, device=device), torch.arange(J, device=device)[:, None]
         outs, pairs = [], slot_T.new_zeros(())
         token_T, few = torch.arange(T, device=device), max(1, AT_ONCE // (J * K * size * C))
@@ -225,4 +226,4 @@ class CachedRoutedAttention:
                 share = share * weight_TJK[part].repeat_interleave(size, -1)[:, :, None]
             outs.append((share @ v).flatten(1, 2).to(q_THC.dtype))
             pairs = pairs + seen.sum()
-        return torch.cat(outs), pairs // J
+        return torch.cat(outs), lambda: pairs // J

@@ -188,8 +188,8 @@ def test_training_comes_down_from_dense():
     x = [torch.randn(40, heads, 8) for heads in (4, 2, 2)]
     assert routed(*x, packing, 0).target_NJK is None  # dense
     assert routed(*x, packing, 5).target_NJK.shape[2] == 6
-    pairs = [int(routed(*x, packing, step).executed.pairs) for step in (0, 5, 10)]
-    assert pairs[0] == 820 > pairs[1] > pairs[2] == int(routed(*x, packing).executed.pairs)
+    pairs = [int(routed(*x, packing, step).executed.pairs()) for step in (0, 5, 10)]
+    assert pairs[0] == 820 > pairs[1] > pairs[2] == int(routed(*x, packing).executed.pairs())
     model = model_with({"top_k": 2, "window": 0, "curriculum": 10}).train()
     batch = packed([40], vocab=VOCAB)
     out = [model(*batch, context=Context(step=step)).logits_TV for step in (0, 10, None)]
