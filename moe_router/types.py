@@ -73,12 +73,15 @@ class Choice:
         weight_TK: fp32, 0 where there is no choice.
         losses: named, unscaled; this rank's share of a sum over all ranks.
         plan: the dropless Plan, where the kernel that decided made it too.
+        real: fp32 scalar, the share of the choices that the scores expect to be no null experts,
+            with its gradient; None: all.
     """
 
     target_TK: Tensor
     weight_TK: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
+    real: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,15 +80,18 @@ class Account:
         self._ledger.add("shared", tokens * shared, self._tokens * shared)
 
 
-def flops_of_blocks(config: ModelConfig, lengths: Sequence[int], *, causal: bool) -> list[float]:
-    """Of each block, for one token of sequences of these lengths; each choice of an expert runs."""
+def flops_of_blocks(
+    config: ModelConfig, lengths: Sequence[int], *, causal: bool
+) -> list[tuple[float, float]]:
+    """Of each block, for one token of sequences of these lengths: without the experts it chooses,
+    and of those, if none is a null expert."""
     tokens, out = max(sum(lengths), 1), []
     for layer in range(config.steps):
-        width, moe = config.hidden, config.moe
+        width, chosen, moe = config.hidden, 0, config.moe
         if moe is not None and config.is_moe(layer):
-            width = moe.top_k * moe.hidden + moe.shared_hidden
-        pairs = _pairs(lengths, causal)
-        out.append(_attention(config, tokens, pairs) / tokens + 6 * config.dim * width)
+            width, chosen = moe.shared_hidden, moe.top_k * moe.hidden
+        attention = _attention(config, tokens, _pairs(lengths, causal)) / tokens
+        out.append((attention + 6 * config.dim * width, 6.0 * config.dim * chosen))
     return out
 
 

@@ -117,7 +117,8 @@ class Backbone(nn.Module):
             left = self._leave(step, passed, out.received_T, context)
             packing = passed.stream.packing
             if passed.cost is not None:
-                passed.cost.block(step, out.kept)
+                experts = None if out.routed is None else out.routed.choice
+                passed.cost.block(step, out.kept, experts)
                 passed.cost.leave(left)
         return self._end(passed)
 

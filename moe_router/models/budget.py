@@ -8,30 +8,39 @@ from torch import Tensor, nn
 
 from moe_router.config import RoutingConfig
 from moe_router.routing.depth import Kept
+from moe_router.types import Choice
 
 DAMPING = 20.0  # steps of the sum that what is missed now counts as
 
 
 class ExpectedCost:
     """C = sum_i sum_j p_ij c_j of one pass: p_ij is the probability by which token i takes block
-    j, c_j the FLOPs of the block for one token.
+    j, c_j the FLOPs of the block for one token, in which null experts cost nothing.
 
     Args:
-        flops: c_j of each block.
+        flops: of each block: without the experts that are chosen, and of those.
         tokens: that came in.
     """
 
-    def __init__(self, flops: Sequence[float], tokens: int) -> None:
-        self._share = [c / sum(flops) for c in flops]
+    def __init__(self, flops: Sequence[tuple[float, float]], tokens: int) -> None:
+        total = sum(fixed + chosen for fixed, chosen in flops)
+        self._shares = [(fixed / total, chosen / total) for fixed, chosen in flops]
         self._going: Tensor | float = float(tokens)
         self._spent: Tensor | float = 0.0
 
-    def block(self, layer: int, kept: Kept | None) -> None:
-        """Count a block. kept: which tokens it computed, if a router chose them for it alone."""
+    def block(self, layer: int, kept: Kept | None, choice: Choice | None = None) -> None:
+        """Count a block.
+
+        Args:
+            kept: which tokens it computed, if a router chose them for it alone.
+            choice: of its experts.
+        """
         alone = kept is not None and kept.expected is not None
         taking = kept.expected if alone and kept is not None else self._going
         assert taking is not None
-        self._spent = self._spent + self._share[layer] * taking
+        fixed, chosen = self._shares[layer]
+        real = 1.0 if choice is None or choice.real is None else choice.real
+        self._spent = self._spent + (fixed + chosen * real) * taking
 
     def leave(self, kept: Kept | None) -> None:
         """Tokens left for good, if some did."""

@@ -10,8 +10,8 @@ from moe_router_kernels import Gate, reference
 
 
 def wants_sums(config: RouterConfig) -> bool:
-    """Whether a loss needs the sums of the gate."""
-    return bool(config.balance_loss or config.z_loss)
+    """Whether a loss, or what null experts are expected to save, needs the sums of the gate."""
+    return bool(config.balance_loss or config.z_loss or config.null_experts)
 
 
 def router_losses(
@@ -31,7 +31,7 @@ def router_losses(
         chosen_G: (E + Z,) choices of each group if they are known already.
         total: sums a tensor over all ranks; called once.
     """
-    if not (wants_sums(config) or config.sequence_balance_loss):
+    if not (config.balance_loss or config.z_loss or config.sequence_balance_loss):
         return {}
     T, G = logits_TG.shape
 

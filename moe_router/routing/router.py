@@ -77,7 +77,10 @@ class Router(nn.Module):
                 target_TK = target_TK.masked_fill(target_TK >= config.experts, -1)
             weight_TK = weigh(made.weight_TK, target_TK, config)
             losses = router_losses(logits_TG, made, decided.load_G, tokens, config, context, total)
-        return Choice(target_TK, weight_TK, losses, decided.plan)
+        real = None
+        if config.null_experts:  # shares of a token sum to 1
+            real = made.share_G[: config.experts].sum() / max(len(x_TD), 1)
+        return Choice(target_TK, weight_TK, losses, decided.plan, real)
 
     def _gate(self, logits_TG: Tensor, decided: _Decided | None) -> Gate:
         """Decide and weigh, or weigh what was decided before."""

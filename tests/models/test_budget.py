@@ -9,6 +9,7 @@ from moe_router.errors import ConfigError
 from moe_router.models.account import flops_of_blocks
 from moe_router.models.budget import Budget, ExpectedCost
 from moe_router.routing.depth import Kept
+from moe_router.types import Choice
 from tests.models.helpers import packed, small_model
 
 LENGTHS = [5, 1, 9, 3]
@@ -25,7 +26,7 @@ def test_flops_of_blocks_are_those_that_the_ledger_has():
             model(*packed(LENGTHS), context=Context(ledger=ledger))
             dense = sum(d for op, (_, d) in ledger.by_op().items() if op != "router")
             flops = flops_of_blocks(model.config, LENGTHS, causal=not classes)
-            assert sum(flops) * sum(LENGTHS) == pytest.approx(dense, rel=1e-9)
+            assert sum(map(sum, flops)) * sum(LENGTHS) == pytest.approx(dense, rel=1e-9)
 
 
 def kept(expected):
@@ -34,13 +35,36 @@ def kept(expected):
 
 
 def test_the_cost_is_the_sum_over_tokens_and_blocks():
-    cost = ExpectedCost([1.0, 2.0, 5.0], 10)
+    cost = ExpectedCost([(1.0, 0.0), (2.0, 0.0), (1.0, 4.0)], 10)
     cost.block(0, None)  # every token
     cost.leave(kept(6.0))
     cost.block(1, None)
     cost.leave(None)
     cost.block(2, kept(3.0))  # of this block alone
     assert float(cost.loss(torch.tensor(10.0))) == pytest.approx((10 + 2 * 6 + 5 * 3) / (8 * 10))
+
+
+def test_null_experts_cost_nothing():
+    cost = ExpectedCost([(1.0, 0.0), (1.0, 6.0)], 10)
+    cost.block(0, None)
+    empty = torch.zeros(0, 1)
+    cost.block(1, kept(4.0), Choice(empty.int(), empty, real=torch.tensor(0.5)))
+    assert float(cost.loss(torch.tensor(10.0))) == pytest.approx((10 + 4 * (1 + 3)) / (8 * 10))
+
+
+def test_the_cost_teaches_the_experts_router_to_choose_null_ones():
+    routing = RoutingConfig(kind="leap", start=0.3, every=1, first=0, cost_loss=1.0)
+    moe = {"null_experts": 2, "balance_loss": 0.0}
+    model = small_model(moe, routing=routing, layers=2, std=1.0).double()
+    output = model(*packed(LENGTHS))
+    shares = [routed.choice.real for routed in output.routed]
+    assert all(0.5 < float(share.detach()) < 1 for share in shares)
+    output.depth[-1]["cost"].backward()
+    with torch.no_grad():
+        for moe in model.moes:
+            moe.router.score.weight -= moe.router.score.weight.grad
+        after = [routed.choice.real for routed in model(*packed(LENGTHS)).routed]
+    assert all(bool(b < a) for a, b in zip(shares, after, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["halt", "threshold"])
