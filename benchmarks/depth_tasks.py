@@ -111,11 +111,13 @@ def settings(task: Task) -> list[Setting]:
         if kind not in seen:
             variants[f"{name}/frozen"] = replace(routing, frozen=True)
             variants[f"{name}/position"] = replace(routing, router="position")
-        rows += [Setting(n, r, "dense", tune, rival) for n, r in variants.items()]
+        # a block counts by the router's weight, so a dense model knows nothing of being skipped:
+        # Mixture-of-Depths learns from the beginning, as in its paper
+        start, steps = (None, task.steps + tune) if kind == "skip" else ("dense", tune)
+        rows += [Setting(n, r, start, steps, rival) for n, r in variants.items()]
         if kind not in seen:
             if kind == "merge":
                 rows.append(Setting(f"{name}/tuned", routing, "dense", task.tune, "dense/tuned"))
-            steps = task.steps + tune
-            rows.append(Setting(f"{name}/equal", None, None, steps, rival, name))
+            rows.append(Setting(f"{name}/equal", None, None, task.steps + tune, rival, name))
         seen.add(kind)
     return rows

@@ -1,6 +1,7 @@
 """A linear layer of kept tokens: Triton for few of them on a GPU, else its specification. Without
 gradients."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_router_kernels import reference
@@ -32,4 +33,8 @@ def linear_of_kept(
         from moe_router_kernels import kept_rows
 
         return kept_rows.linear_of_kept(x_TK.contiguous(), weight_NK, kept_T)
+    if x_TK.device.type == "cpu":  # flags can be read there
+        at_R = kept_T.nonzero()[:, 0]
+        none_TN = x_TK.new_zeros(x_TK.size(0), weight_NK.size(0))
+        return none_TN.index_copy(0, at_R, F.linear(x_TK[at_R], weight_NK))
     return reference.linear_of_kept(x_TK, weight_NK, kept_T)

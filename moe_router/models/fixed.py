@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_router.config import require
+from moe_router.config import ModelConfig
+from moe_router.errors import ConfigError
 from moe_router.models.causal_lm import CausalLM
 from moe_router.models.kv_cache import PAGE
 from moe_router.models.packing import Packing
@@ -22,37 +23,50 @@ from moe_router_kernels import paged_op
 
 @dataclass(frozen=True, slots=True)
 class FixedLayer:
-    """The cache of one layer.
+    """The cache of one layer in one step. Nothing grows before the step is over.
 
     Attributes:
         pages_2NJSC: of all layers; page 0 is nobody's.
-        table_XM: int32, the pages of each of the B sequences, and a row more, of page 0.
-        length_B: int32, slots in use; changed in its place.
+        table_XM: int32, the pages of each of the B sequences; the last row is nobody's.
         row_B: int32, 0, 1, 2, ...
+        length_B: int32, slots in use.
+        seen_B: int32, one more.
+        kept_B: int32, 1; where a block does not compute a token, 0 is written.
     """
 
     pages_2NJSC: Tensor
     table_XM: Tensor
-    length_B: Tensor
     row_B: Tensor
+    length_B: Tensor
+    seen_B: Tensor
+    kept_B: Tensor
 
     def attend(
         self, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, turn: Turn, packing: Packing
     ) -> tuple[Tensor, Tensor]:
         """Append one token to each sequence, or only where `packing.kept_T`; the others write to
         nobody's page and read one slot of it."""
-        row_B, slot_B = self.row_B, self.length_B.clone()
-        if packing.kept_T is None:
-            self.length_B.add_(1)
-            seen_B = self.length_B
-        else:
-            row_B = row_B.masked_fill(~packing.kept_T, row_B.numel())
-            slot_B = slot_B.masked_fill(~packing.kept_T, 0)
-            self.length_B.add_(packing.kept_T)
+        row_B, slot_B, seen_B = self.row_B, self.length_B, self.seen_B
+        if packing.kept_T is not None:
+            self.kept_B.copy_(packing.kept_T)
+            row_B = row_B.masked_fill(~packing.kept_T, self.table_XM.size(0) - 1)
+            slot_B = slot_B * self.kept_B
             seen_B = slot_B + 1
         where = (self.pages_2NJSC, self.table_XM, row_B)
         q_THC, k_TJC = paged_op.store(q_THC, k_TJC, v_TJC, *turn, *where, slot_B)
         return paged_op.attend_pages(q_THC, *where, seen_B), k_TJC
+
+
+def obstacle(config: ModelConfig) -> str:
+    """Why steps of a model do not keep their shapes; empty if they do."""
+    routing = config.routing
+    if routing is not None and routing.kind not in ("skip", "leap"):
+        return f"model.routing.kind={routing.kind}: tokens leave"
+    if routing is not None and config.moe is not None:
+        return "model.moe beside model.routing: experts see how many tokens come"
+    if config.attention is not None:
+        return f"model.attention.kind={config.attention.kind}: blocks of keys are chosen"
+    return ""
 
 
 class FixedStep:
@@ -71,13 +85,8 @@ class FixedStep:
 
     def __init__(self, model: CausalLM, sequences: int, slots: int) -> None:
         config, weight = model.config, model.embed.weight
-        routing = config.routing
-        fits = routing is None or routing.kind in ("skip", "leap")
-        kind = routing and routing.kind
-        require(fits, "model.routing.kind", kind, "skip or leap, for steps of fixed shapes")
-        attention = config.attention and config.attention.kind
-        require(attention is None, "model.attention", attention, "null, for steps of fixed shapes")
-        require(config.moe is None, "model.moe", "a section", "null, for steps of fixed shapes")
+        if why := obstacle(config):
+            raise ConfigError(f"{why}; want skip, leap or null, for steps of fixed shapes")
         self._model = model
         each = -(-slots // PAGE)
         channels = config.channels
@@ -86,10 +95,12 @@ class FixedStep:
         ids = torch.arange(1, pages, dtype=torch.int32, device=weight.device)
         row_B = torch.arange(sequences, dtype=torch.int32, device=weight.device)
         self.length_LB = row_B.new_zeros(config.steps, sequences)
-        tables_LBM = ids.view(config.steps, sequences, each)
+        self._seen_LB, self._kept_LB = (torch.ones_like(self.length_LB) for _ in range(2))
+        tables_LXM = F.pad(ids.view(config.steps, sequences, each), (0, 0, 0, 1))
+        places = (self.length_LB, self._seen_LB, self._kept_LB)
         self.layers = [
-            FixedLayer(pages_2NJSC, F.pad(table_BM, (0, 0, 0, 1)), length_B, row_B)
-            for table_BM, length_B in zip(tables_LBM, self.length_LB, strict=True)
+            FixedLayer(pages_2NJSC, table_XM, row_B, *own)
+            for table_XM, *own in zip(tables_LXM, *places, strict=True)
         ]
         bounds = torch.arange(sequences + 1, dtype=torch.int32)
         self._packing = Packing(bounds, weight.device, fixed=True)
@@ -98,6 +109,8 @@ class FixedStep:
     def __call__(self, ids_B: Tensor, position_B: Tensor) -> Tensor:
         """(B, V) fp32 logits after one more token of each sequence; nothing waits, and nothing but
         the tensors it is given and the cache is read."""
+        torch.add(self.length_LB, 1, out=self._seen_LB)
         output = self._model(ids_B, position_B, self._packing, cache=self, context=PLAIN)
+        self.length_LB.add_(self._kept_LB)
         logits_BV: Tensor = output.logits_TV
         return logits_BV

@@ -7,8 +7,9 @@ stretch of steps, and in between launches graphs and reads tokens when it likes.
 ended run on, unread, until the host begins anew; cells of the bucket without a sequence write to a
 page that is nobody's.
 
-Not covered: blocks routed in depth, routed attention, and experts on several ranks, whose sizes are
-values.
+Blocks that tokens skip or leap over compute in their places, and read no weights where no token
+takes them (`fixed.py`). Not covered: tokens that halt, routed attention, and experts on several
+ranks or in blocks routed in depth, whose sizes are values.
 """
 
 import logging
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from moe_router.dispatch import Local
+from moe_router.models import fixed
 from moe_router.models.cached import CachedLayer
 from moe_router.models.causal_lm import CausalLM
-from moe_router.models.kv_cache import KVCache, Pages
+from moe_router.models.fixed import FixedLayer
+from moe_router.models.kv_cache import KVCache
 from moe_router.models.packing import Packing
-from moe_router.models.rope import Turn
 from moe_router.models.sampling import Draws, Sampling, sample
 from moe_router.models.transfer import Download, upload
 from moe_router_kernels import paged_op, runs_expert_mlp
@@ -36,10 +38,8 @@ _log = logging.getLogger(__name__)
 
 def obstacle(model: CausalLM) -> str:
     """Why a model cannot be decoded in fixed steps; empty if it can."""
-    if model.config.routing is not None:
-        return "blocks are routed in depth"
-    if model.config.attention is not None:
-        return "attention is routed"
+    if why := fixed.obstacle(model.config):
+        return why
     if not isinstance(model.dispatcher, Local):
         return "experts are on several ranks"
     if not model.embed.weight.is_cuda:
@@ -54,24 +54,6 @@ def obstacle(model: CausalLM) -> str:
         if not runs_expert_mlp(moe.experts.kernels, gate_up.new_empty(0, moe.dim), gate_up):
             return f"experts in {gate_up.dtype} without our kernels wait for the host"
     return ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's cache as a step sees it. length_B: slots in use before it; seen_B: after."""
-
-    pages: Pages
-    table_BM: Tensor
-    row_B: Tensor
-    length_B: Tensor
-    seen_B: Tensor
-
-    def attend(
-        self, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, turn: Turn, packing: Packing
-    ) -> tuple[Tensor, Tensor]:
-        where = (self.pages.kv_2NJSC, self.table_BM, self.row_B)
-        q_THC, k_TJC = paged_op.store(q_THC, k_TJC, v_TJC, *turn, *where, self.length_B)
-        return paged_op.attend_pages(q_THC, *where, self.seen_B), k_TJC
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +91,11 @@ class Steps:
 
     @torch.no_grad()
     def begin(
-        self, tokens: Sequence[int], samplings: Sequence[Sampling], noise: Sequence[Tensor]
+        self,
+        tokens: Sequence[int],
+        samplings: Sequence[Sampling],
+        noise: Sequence[Tensor],
+        held: Sequence[int],
     ) -> None:
         """Prepare STRETCH steps of the sequences of the cache, each of which holds all but the
         last of its tokens.
@@ -117,6 +103,7 @@ class Steps:
         Args:
             tokens: the last of each sequence.
             noise: fp32, on the host, a number for each token to draw; fewer than STRETCH will do.
+            held: tokens of each sequence before its last one.
         """
         B = self._live = len(tokens)
         draws = Draws.of(samplings, self._device)
@@ -125,6 +112,7 @@ class Steps:
         self.left = STRETCH
         self._token_B[:B] = upload(torch.tensor(tokens), self._device)
         self._live_B.zero_()[:B] = 1
+        self._position_B.zero_()[:B] = upload(torch.tensor(held, dtype=torch.int32), self._device)
         self._column.zero_()
         if draws.drawn:
             noise_BK = torch.zeros(B, STRETCH)
@@ -145,7 +133,7 @@ class Steps:
             layer.make_room([STRETCH] * self._live)
         for layer in layers:
             layer.settle(kv_2NJSC[0, 0].transpose(0, 1))
-        rows, columns = self._tables_LBM.shape[1:]
+        rows, columns = self._row_B.numel(), self._tables_LXM.size(2)
         widest = max(layer.table_BM.size(1) for layer in layers)
         if self.bucket > rows or widest > columns:
             self._place(max(rows, self.bucket), max(columns, 1 << (widest - 1).bit_length()))
@@ -153,10 +141,11 @@ class Steps:
         if self._storage != (kv_2NJSC.data_ptr(), kv_2NJSC.size(1)):
             self._storage = (kv_2NJSC.data_ptr(), kv_2NJSC.size(1))
             self._graphs.clear()
-        self._tables_LBM.zero_()
-        for table_BM, layer in zip(self._tables_LBM, layers, strict=True):
-            table_BM[: self._live, : layer.table_BM.size(1)] = layer.table_BM
-        self._length_B.zero_()[: self._live] = layers[0].length_B
+        self._tables_LXM.zero_()
+        for table_XM, layer in zip(self._tables_LXM, layers, strict=True):
+            table_XM[: self._live, : layer.table_BM.size(1)] = layer.table_BM
+        lengths_LB = torch.stack([layer.length_B for layer in layers])
+        self._length_LB.zero_()[:, : self._live] = lengths_LB
 
     def _place(self, rows: int, columns: int) -> None:
         """New places: graphs know the old ones."""
@@ -165,8 +154,10 @@ class Steps:
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=self._device)
 
-        self._tables_LBM = ints(len(self._cache.layers), rows, columns)
-        self._length_B, self._live_B = ints(rows), ints(rows)
+        layers = len(self._cache.layers)
+        self._tables_LXM = ints(layers, rows + 1, columns)  # the last row is nobody's
+        self._length_LB, self._kept_LB = ints(layers, rows), ints(layers, rows) + 1
+        self._position_B, self._live_B = ints(rows), ints(rows)
         self._row_B = torch.arange(rows, dtype=torch.int32, device=self._device)
         self._token_B, self._column = ints(rows).long(), ints(1).long()
         self._noise_BK = torch.zeros(rows, STRETCH, device=self._device)
@@ -190,35 +181,38 @@ class Steps:
         self._run() if graph is None else graph.replay()
         return Download.of(self._token_B[: self._live])
 
-    def end(self, lengths: Sequence[int]) -> None:
-        """Give the cache back. lengths: what each of its sequences holds now."""
+    def end(self) -> None:
+        """Give the cache back, of sequences of which every token was read. Waits for the device:
+        how many of them each layer holds is a value."""
         self.left, self._key = 0, (0, False, False)
-        for layer in self._cache.layers:
+        held_LB = self._length_LB[:, : self._live].tolist()
+        for layer, lengths in zip(self._cache.layers, held_LB, strict=True):
             layer.grow(lengths)
 
     def _run(self) -> None:
         """What is captured."""
         n, drawn, ranked = self._key
-        token_B, length_B = self._token_B[:n], self._length_B[:n]
-        row_B, seen_B = self._row_B[:n], length_B + 1
+        token_B, position_B = self._token_B[:n], self._position_B[:n]
+        length_LB, kept_LB = self._length_LB[:, :n], self._kept_LB[:, :n]
+        pages, row_B = self._cache.pool.kv_2NJSC, self._row_B[:n]
+        places = (self._tables_LXM, length_LB, length_LB + 1, kept_LB)
         layers = [
-            _Layer(self._cache.pool, table_BM, row_B, length_B, seen_B)
-            for table_BM in self._tables_LBM
+            FixedLayer(pages, table_XM, row_B, *own) for table_XM, *own in zip(*places, strict=True)
         ]
         if n not in self._packings:
-            self._packings[n] = Packing(torch.arange(n + 1), self._device)
-        # without routing in depth a token's position is the number of tokens that are cached
-        out = self._model(token_B, length_B, self._packings[n], cache=_Cache(layers))
+            self._packings[n] = Packing(torch.arange(n + 1), self._device, fixed=True)
+        out = self._model(token_B, position_B, self._packings[n], cache=_Cache(layers))
         uniform_B = self._noise_BK[:n].index_select(1, self._column)[:, 0]
         ours = self._draws
         draws = Draws(ours.temperature_B1[:n], ours.top_k_B1[:n], ours.top_p_B1[:n], drawn, ranked)
         token_B.copy_(sample(out.logits_TV, uniform_B, draws))
-        length_B.add_(self._live_B[:n])
+        length_LB.add_(kept_LB * self._live_B[:n])
+        position_B.add_(self._live_B[:n])
         self._column.add_(1)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """A graph of one step. The step that runs before it is captured compiles, and is undone."""
-        state = (self._token_B, self._length_B, self._column)
+        state = (self._token_B, self._length_LB, self._position_B, self._column)
         before = [x.clone() for x in state]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -119,7 +119,8 @@ class Decoder:
         rows = self._rows
         if not steps.bucket:
             ways = [row.request.sampling for row in rows]
-            steps.begin([row.feed[0] for row in rows], ways, [r.noise_N[r.made :] for r in rows])
+            noise = [row.noise_N[row.made :] for row in rows]
+            steps.begin([row.feed[0] for row in rows], ways, noise, [row.held for row in rows])
         flying = len(self._flying)
         if any(not r.done and r.made + flying < r.request.sampling.max_new_tokens for r in rows):
             self._flying.append(steps.launch())
@@ -142,7 +143,7 @@ class Decoder:
         events = []
         while self._flying:
             events += self._land()
-        steps.end([row.held for row in self._rows])
+        steps.end()
         self._keep([i for i, row in enumerate(self._rows) if not row.done])
         return events
 

@@ -36,8 +36,9 @@ def test_fixed_steps_are_the_steps_of_a_growing_cache(name, monkeypatch):
 
     def watched(x, weight, kept):
         asked.append(kept.sum().item())
-        return kept_op.reference.linear_of_kept(x, weight, kept)
+        return linear_of_kept(x, weight, kept)
 
+    linear_of_kept = kept_op.linear_of_kept
     monkeypatch.setattr(swiglu.kept_op, "linear_of_kept", watched)
     step, cache = FixedStep(model, B, TOKENS), KVCache(model.config.steps, B)
     bounds = torch.arange(B + 1, dtype=torch.int32)
@@ -78,7 +79,8 @@ def test_one_graph_serves_every_decision(name):
 
 def test_what_changes_its_shape_is_refused():
     routing = RoutingConfig(kind="halt", every=1, first=0)
-    with pytest.raises(ConfigError, match=r"routing\.kind=halt: want skip or leap, for steps"):
+    with pytest.raises(ConfigError, match=r"routing\.kind=halt: tokens leave; want skip"):
         FixedStep(small_model(None, routing=routing), 1, 8)
-    with pytest.raises(ConfigError, match=r"model\.moe=a section: want null, for steps"):
-        FixedStep(small_model({}), 1, 8)
+    routing = RoutingConfig(kind="skip", every=1, first=0)
+    with pytest.raises(ConfigError, match=r"model\.moe beside model\.routing"):
+        FixedStep(small_model({}, routing=routing), 1, 8)

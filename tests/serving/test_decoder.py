@@ -15,6 +15,7 @@ from tests.serving.work import REQUESTS, TOKENIZER, byte_model, drive, request, 
 
 HALT = RoutingConfig(kind="halt", threshold=0.9)
 SKIP = RoutingConfig(kind="skip", keep=0.5)
+LEAP = RoutingConfig(kind="leap", start=0.0, every=1, first=1)
 
 
 def wanted(model, requests=REQUESTS, stop_id=TOKENIZER.document_id):
@@ -78,6 +79,21 @@ def test_running_sequences_do_not_wait_for_a_long_prompt():
         for admit in ((short,), (), (long,), (), (), (), ())
     ]
     assert told == [[0], [0], [0], [0], [0], [0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("routing", [SKIP, LEAP], ids=["skip", "leap"])
+def test_tokens_skip_and_leap_in_steps_of_fixed_shapes(routing, monkeypatch):
+    monkeypatch.setattr(steps, "STRETCH", 3)
+    model = byte_model(routing=routing, experts=0)
+    requests = [request(i, text, max_new_tokens=9 + i, seed=i) for i, text in enumerate("abcde")]
+    decoder = Decoder(model, None, ahead=1)
+    text = wanted(model, requests, None)
+    assert drive(decoder, {0: requests[:2], 4: requests[2:]}, 60) == text
+    assert decoder._steps is not None
+    decoder = Decoder(model, None, ahead=1)
+    drive(decoder, {0: requests[:1]}, 8)
+    held = [layer.lengths[0] for layer in decoder._cache.layers]
+    assert min(held) < max(held)  # a block that was not taken holds less
 
 
 def test_a_step_ahead_is_told_of_one_call_later():
@@ -164,8 +180,11 @@ def test_a_model_that_looks_ahead_is_refused():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_steps_are_graphs_and_a_request_gets_the_text_of_generate():
-    model = byte_model(dim=64, kernels="triton", hidden=16).to("cuda")
+@pytest.mark.parametrize("routing", [None, SKIP], ids=["experts", "skip"])
+def test_on_a_gpu_steps_are_graphs_and_a_request_gets_the_text_of_generate(routing):
+    experts = 0 if routing else 6
+    model = byte_model(dim=64, kernels="triton", hidden=16, routing=routing, experts=experts)
+    model.to("cuda")
     requests = [
         request(i, text, temperature=i % 3 / 2, seed=i, max_new_tokens=20)
         for i, text in enumerate(["ab", "c", "defgh", "i" * 70, "jk"])

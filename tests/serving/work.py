@@ -12,15 +12,21 @@ from moe_router.training.data import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 
 
-def byte_model(std=8.0, routing=None, dim=16, kernels="auto", vocab=TOKENIZER.vocab, **moe):
-    """As initialised by one seed, for any number of ranks; attention and router matter."""
+def byte_model(
+    std=8.0, routing=None, dim=16, kernels="auto", vocab=TOKENIZER.vocab, experts=6, **moe
+):
+    """As initialised by one seed, for any number of ranks; attention and router matter.
+
+    Args:
+        experts: 0 is a dense model.
+    """
     config = ModelConfig(
         layers=3,
         dim=dim,
         heads=4,
         kv_heads=2,
         hidden=24,
-        moe=MoEConfig(**{"experts": 6, "top_k": 2, "hidden": 8} | moe),
+        moe=MoEConfig(**{"experts": experts, "top_k": 2, "hidden": 8} | moe) if experts else None,
         routing=routing,
     )
     ranks = dist.get_world_size() if dist.is_initialized() else 1
