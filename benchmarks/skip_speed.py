@@ -8,10 +8,11 @@ kernels and graphs. One GPU, under two minutes; without one, tiny shapes, to see
 """
 
 import argparse
+import fnmatch
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -74,11 +75,14 @@ class Bench:
         self.device, self.rounds, self.seconds = device, rounds, seconds
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
-    def jobs(self, name: str, shape: Shape) -> Sequence[Callable[[], list[Row]]]:
-        """Each makes some rows."""
-        jobs = [partial(self._decoding, name, shape, sequences) for sequences in shape.batches]
+    def jobs(self, name: str, shape: Shape) -> Mapping[str, Callable[[], list[Row]]]:
+        """Each makes the rows whose names begin with its own."""
+        jobs = {
+            f"decode/{name}/{sequences}": partial(self._decoding, name, shape, sequences)
+            for sequences in shape.batches
+        }
         if shape.train is not None:
-            jobs.append(partial(self._training, name, shape, *shape.train))
+            jobs[f"train/{name}"] = partial(self._training, name, shape, *shape.train)
         return jobs
 
     def _training(self, name: str, shape: Shape, sequences: int, length: int) -> list[Row]:
@@ -196,7 +200,7 @@ def _timed(samples: list[float], dense: Row | None) -> Row:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="shapes by commas")
+    parser.add_argument("--only", default="*", help="jobs by shell pattern: decode/*,train/D2048")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring energy, each")
     parser.add_argument("--save", action="store_true")
@@ -205,12 +209,14 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = SHAPES if device == "cuda" else TINY
     bench = Bench(device, args.rounds, args.seconds)
     origin, failed = provenance(device), []
-    names = args.only.split(",") if args.only else list(shapes)
-    for job in [job for name in names for job in bench.jobs(name, shapes[name])]:
+    jobs = {n: job for name, shape in shapes.items() for n, job in bench.jobs(name, shape).items()}
+    for name, job in jobs.items():
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in args.only.split(",")):
+            continue
         try:
             rows = [row | origin for row in job()]
         except RuntimeError as problem:  # a graph that cannot be captured ends no other row
-            failed.append(f"{job}: {problem}")
+            failed.append(f"{name}: {problem}")
             continue
         print(*rows, sep="\n", flush=True)
         if args.save:

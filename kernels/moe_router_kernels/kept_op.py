@@ -1,6 +1,7 @@
-"""A linear layer of kept tokens: Triton for few of them on a GPU, else its specification. Without
-gradients."""
+"""Which tokens a block computes, and a linear layer for them: Triton on a GPU, else the
+specification. Without gradients."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,6 +9,26 @@ from moe_router_kernels import reference
 from moe_router_kernels.choose import uses_triton
 
 MOST = 256  # tokens: beyond, those that are kept are gathered, as in training
+
+
+def rms_logit(x_TD: Tensor, weight_1D: Tensor, bias: Tensor, kernels: str = "auto") -> Tensor:
+    """The logit of each token by a linear router, which sees it at scale 1.
+
+    Args:
+        x_TD: any float dtype.
+        weight_1D, bias: (1, D) and (1,).
+        kernels: see `choose.uses_triton`.
+
+    Returns:
+        (T,) fp32, or fp64 of fp64.
+    """
+    uncovered = "fp64" if x_TD.dtype.itemsize == 8 else ""
+    if uses_triton("logit of a router in depth", kernels, x_TD.device, uncovered):
+        from moe_router_kernels import depth_gate
+
+        eps = torch.finfo(torch.float32).eps  # of torch's rms_norm
+        return depth_gate.rms_logit(x_TD.contiguous(), weight_1D, bias, eps)
+    return reference.rms_logit(x_TD, weight_1D, bias)
 
 
 def linear_of_kept(

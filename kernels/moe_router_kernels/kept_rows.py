@@ -3,15 +3,13 @@
 
 With few tokens a layer takes as long as reading its weights, and where no token is kept a program
 reads none: so one CUDA graph serves every decision, and a skipped layer costs next to nothing. Kept
-tokens stand together in tiles of 16; which they are, each program counts for itself.
+tokens stand together in tiles; which they are, each program counts for itself.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-TILE = 16
 
 
 @triton.jit
@@ -63,10 +61,12 @@ def linear_of_kept(x_TK: Tensor, weight_NK: Tensor, kept_T: Tensor) -> Tensor:
     if T == 0 or N == 0:
         return out
     wide = x_TK.dtype == torch.float32
-    block_n, block_k = (32, 64) if wide else (16, 256)
-    _linear_kernel[(triton.cdiv(T, TILE), triton.cdiv(N, block_n))](
+    # a tile reads its weights again: few tokens make one tile, and leave room for more in flight
+    block_m = 16 if T <= 16 else 64
+    block_n, block_k = (32, 64) if wide else (16, 256) if block_m == 16 else (32, 128)
+    _linear_kernel[(triton.cdiv(T, block_m), triton.cdiv(N, block_n))](
         x_TK, kept_T.contiguous().view(torch.int8), weight_NK, out, T, N, K, x_TK.stride(0),
-        T_PAD=max(16, triton.next_power_of_2(T)), BLOCK_M=TILE, BLOCK_N=block_n, BLOCK_K=block_k,
+        T_PAD=max(16, triton.next_power_of_2(T)), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=2 if wide else 4,
     )  # fmt: skip
     return out

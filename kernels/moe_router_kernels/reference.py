@@ -94,6 +94,12 @@ def select_top_c(score_TG: Tensor, offsets_S1: Tensor, count_S: Tensor) -> Tenso
     return torch.zeros_like(order_TG, dtype=torch.bool).scatter_(0, order_TG, taken_T1.expand(T, G))
 
 
+def rms_logit(x_TD: Tensor, weight_1D: Tensor, bias: Tensor) -> Tensor:
+    """(T,): w x / rms(x) + b, in fp32 at least; x of any scale."""
+    normed_TD = F.rms_norm(wide(x_TD), (x_TD.size(-1),))
+    return F.linear(normed_TD, wide(weight_1D)).squeeze(-1) + wide(bias)
+
+
 def linear_of_kept(x_TK: Tensor, weight_NK: Tensor, kept_T: Tensor) -> Tensor:
     """(T, N): a linear layer where `kept_T`, 0 elsewhere, whatever stands there in x."""
     x_TK = x_TK.masked_fill(~kept_T[:, None], 0)

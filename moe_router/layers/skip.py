@@ -55,7 +55,7 @@ class Skip(Shifted):
             if self.training:
                 keep = self.config.eased(self.config.keep, context.step)
                 return keep_best(logit_T, tokens.offsets_B1, lengths, keep)
-            return keep_where(ahead_T + self.lean > 0, tokens.offsets_B1)
+            return keep_where(ahead_T > -self.lean, tokens.offsets_B1)
 
         kept = context.recall("kept", keep)
         weight_T1 = logit_T.sigmoid()[:, None].masked_fill(kept.target_T1 < 0, 0.0)
@@ -70,7 +70,7 @@ class Skip(Shifted):
     def decide(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """In evaluation: (T,) bool, who is computed; (T,) by how much it counts."""
         logit_T, ahead_T = self._logits(tokens)
-        return ahead_T + self.lean > 0, logit_T.sigmoid()
+        return ahead_T > -self.lean, logit_T.sigmoid()
 
     def _logits(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """(T,) of the router, and of the predictor."""

@@ -46,14 +46,13 @@ class FixedLayer:
     ) -> tuple[Tensor, Tensor]:
         """Append one token to each sequence, or only where `packing.kept_T`; the others write to
         nobody's page and read one slot of it."""
-        row_B, slot_B, seen_B = self.row_B, self.length_B, self.seen_B
+        row_B, seen_B = self.row_B, self.seen_B
         if packing.kept_T is not None:
             self.kept_B.copy_(packing.kept_T)
-            row_B = row_B.masked_fill(~packing.kept_T, self.table_XM.size(0) - 1)
-            slot_B = slot_B * self.kept_B
-            seen_B = slot_B + 1
+            row_B = torch.where(packing.kept_T, row_B, self.table_XM.size(0) - 1)
+            seen_B = torch.where(packing.kept_T, seen_B, 1)
         where = (self.pages_2NJSC, self.table_XM, row_B)
-        q_THC, k_TJC = paged_op.store(q_THC, k_TJC, v_TJC, *turn, *where, slot_B)
+        q_THC, k_TJC = paged_op.store(q_THC, k_TJC, v_TJC, *turn, *where, self.length_B)
         return paged_op.attend_pages(q_THC, *where, seen_B), k_TJC
 
 

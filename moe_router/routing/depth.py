@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_router.config import RoutingConfig
 from moe_router.routing.plan import plan_from_ids
-from moe_router.routing.score import make_score
+from moe_router.routing.score import LinearScore, make_score
 from moe_router.types import Choice, Plan
-from moe_router_kernels import combine, reference, select_top_c
+from moe_router_kernels import combine, kept_op, reference, select_top_c
 
 FINEST = 10**6  # of the shares that are kept, one part: times a length it fits int64
 
@@ -62,6 +62,8 @@ class DepthRouter(nn.Module):
         again in the backward pass: twice the stream in fp32 is a third of what a routed block that
         computes half of its tokens would keep."""
         if not torch.is_grad_enabled():
+            if isinstance(self.score, LinearScore):
+                return kept_op.rms_logit(x_TD, self.score.weight, self.bias)
             return self._logits(x_TD, position_T)
         logit_T: Tensor = checkpoint(
             self._logits, x_TD, position_T, use_reentrant=False, preserve_rng_state=False

@@ -43,3 +43,17 @@ def test_no_tokens():
     x, weight = torch.zeros(0, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
     kept = torch.zeros(0, dtype=torch.bool, device=DEVICE)
     assert kept_op.linear_of_kept(x, weight, kept, "triton").shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, dim", [(1, 16), (5, 2500), (3, 1), (0, 8)])
+def test_logits_of_tokens_at_any_scale(tokens, dim, dtype):
+    generator = torch.Generator().manual_seed(dim)
+    x = (30 * torch.randn(tokens, dim, generator=generator)).to(DEVICE, dtype)
+    weight = torch.randn(1, dim, generator=generator).to(DEVICE, dtype)
+    bias = torch.randn(1, generator=generator).to(DEVICE)
+    with poisoned():
+        got = kept_op.rms_logit(x, weight, bias, "triton")
+    assert got.dtype == torch.float32
+    wanted = reference.rms_logit(x.double(), weight.double(), bias.double()).float()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
