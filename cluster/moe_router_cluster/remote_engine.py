@@ -55,6 +55,14 @@ class RemoteEngine:
                 raise error.cause from None
             raise
 
+    async def metrics(self) -> str:
+        """See `Engine.metrics`. Raises ClusterError where the engine itself is gone."""
+        try:
+            found: str = await asyncio.wait_for(self._handle.metrics.remote(), _HEALTH_S)
+        except (TimeoutError, RayError) as error:
+            raise ClusterError("the engine is being made; ask again later") from error
+        return found
+
     async def health(self) -> Health:
         try:
             found: Health = await asyncio.wait_for(self._handle.health.remote(), _HEALTH_S)

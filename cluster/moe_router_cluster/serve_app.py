@@ -57,6 +57,9 @@ class EngineReplica:
     async def health(self) -> Health:
         return await self._engine.health()
 
+    async def metrics(self) -> str:
+        return await self._engine.metrics()
+
     async def facts(self) -> Facts:
         return self._facts
 

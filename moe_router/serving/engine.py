@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from time import perf_counter
 
 from moe_router.config import ServeConfig, require
 from moe_router.errors import ClusterError, MoeRouterError, WorkerLostError
@@ -16,7 +17,8 @@ from moe_router.models import Sampling
 from moe_router.models.generate import check_prompts
 from moe_router.serving.chat import Chat
 from moe_router.serving.group import Group
-from moe_router.serving.requests import Ask, Event, Health, Piece, Request
+from moe_router.serving.meters import Meters
+from moe_router.serving.requests import Ask, Event, Health, Piece, Request, Work
 from moe_router.serving.scheduler import Limits, Scheduler
 from moe_router.serving.waiting import Waiting
 from moe_router.training.data import Tokenizer
@@ -53,6 +55,7 @@ class Engine:
         self._recoveries = 0
         self._failed = ""  # why there is no hope
         self._loop: asyncio.Task[None] | None = None
+        self._meters = Meters()
         self._chat: Chat | None = None  # once somebody has asked for it
 
     async def __aenter__(self) -> "Engine":
@@ -98,12 +101,38 @@ class Engine:
             for request in requests:
                 if self._open.pop(request.id, None) is not None:
                     self._scheduler.drop(request.id)
+                    self._meters.finished["abandoned"] += 1
             self._wake.set()
 
     async def health(self) -> Health:
         """Red while the ranks are made anew."""
         reason = self._failed or self._recovering
         return Health(not reason, reason, self.model)
+
+    async def metrics(self) -> str:
+        """For Prometheus."""
+        scheduler = self._scheduler
+        health = await self.health()
+        gauges = {"running": scheduler.running, "waiting": scheduler.waiting}
+        return self._meters.text(
+            {**gauges, "cache_use": scheduler.cache_use, "healthy": float(health.ok)}
+        )
+
+    def _meter_admitted(self, work: Sequence[Work]) -> None:
+        now = perf_counter()
+        for request in (request for rank in work for request in rank.admit):
+            waiting = self._open.get(request.id)
+            if waiting is not None and not request.made:  # else a lost rank had it before
+                self._meters.seconds["queue_seconds"].add(now - waiting.asked)
+                self._meters.counts["prompt_tokens_total"] += len(request.prompt)
+
+    def _meter_token(self, waiting: Waiting) -> None:
+        now, kind = perf_counter(), "time_per_output_token_seconds"
+        if waiting.last is None:
+            waiting.last, kind = waiting.asked, "time_to_first_token_seconds"
+        self._meters.seconds[kind].add(now - waiting.last)
+        self._meters.counts["generation_tokens_total"] += 1
+        waiting.last = now
 
     async def check(self) -> None:
         """Find lost ranks also while nothing is computed; they are then replaced.
@@ -168,7 +197,9 @@ class Engine:
                 if not self._scheduler.busy:
                     self._wake.clear()
                     continue
-                self._deliver(await self._group.step(self._scheduler.plan()))
+                work = self._scheduler.plan()
+                self._meter_admitted(work)
+                self._deliver(await self._group.step(work))
             except WorkerLostError as lost:
                 await self._recover(lost)
             except Exception as error:
@@ -186,14 +217,17 @@ class Engine:
                 continue
             if event.token is not None:
                 self._scheduler.made(event.id, event.token)
+                self._meter_token(waiting)
             finish = waiting.take(event)
             if finish:
                 del self._open[event.id]
+                self._meters.finished[finish] += 1
                 (self._scheduler.ended if event.finish else self._scheduler.drop)(event.id)
 
     async def _recover(self, lost: WorkerLostError) -> None:
         self._recovering, self._lost = str(lost), None
         self._recoveries += 1
+        self._meters.counts["recoveries_total"] += 1
         _log.warning("ranks are made anew: %s", lost)
         self._scheduler.restart()
         try:

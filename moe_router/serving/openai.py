@@ -1,5 +1,5 @@
 """HTTP in OpenAI's format: /v1/completions and /v1/chat/completions, streamed or whole, /v1/models,
-and /health."""
+/metrics for Prometheus, and /health."""
 
 import asyncio
 import json
@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from moe_router.errors import ClusterError, MoeRouterError, QueueFullError, WorkerLostError
 from moe_router.serving.http_guard import Guard
+from moe_router.serving.meters import CONTENT_TYPE
 from moe_router.serving.openai_chat import ChatFormat, ChatRequest
 from moe_router.serving.openai_types import (
     CompletionFormat,
@@ -49,6 +50,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     app.add_exception_handler(Exception, _answer_error)
     front = _Front(service)
     app.add_api_route("/health", front.health, methods=["GET"])
+    app.add_api_route("/metrics", front.metrics, methods=["GET"])
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/completions", front.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", front.chat, methods=["POST"])
@@ -66,6 +68,9 @@ class _Front:
             return JSONResponse({"status": "ok", "model": health.model})
         body = {"status": "unavailable", "model": health.model, "reason": health.reason}
         return JSONResponse(body, 503, {"Retry-After": str(_RETRY_S)})
+
+    async def metrics(self) -> Response:
+        return Response(await self._service.metrics(), media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
         model = {"id": self._service.model, "object": "model", "created": self._began}

@@ -62,6 +62,19 @@ class Scheduler:
         """A pass has something to do, if only to let go of what nobody waits for."""
         return self._waiting > 0 or any(rank.running or rank.drop for rank in self._ranks)
 
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    @property
+    def running(self) -> int:
+        return sum(len(rank.running) for rank in self._ranks)
+
+    @property
+    def cache_use(self) -> float:
+        """Share of the cache slots that running requests may come to take."""
+        return sum(rank.reserved for rank in self._ranks) / (self._limits.tokens * len(self._ranks))
+
     def add(self, requests: Sequence[Request]) -> None:
         """Put the prompts of one call into the queue, all or none.
 

@@ -19,6 +19,10 @@ class Service(Protocol):
 
     async def health(self) -> Health: ...
 
+    async def metrics(self) -> str:
+        """For Prometheus."""
+        ...
+
 
 class Watched(Service, Protocol):
     """A service that a page may look into."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Self
 
 from moe_router.errors import MoeRouterError
@@ -19,6 +20,7 @@ class Waiting:
     index: of the prompt in the call.
     echo: what the answer begins with.
     unsaid: of the first scores, those of a separator that the client has not sent.
+    asked, last: when the client did, and when its last token came, in seconds of some clock.
     """
 
     inbox: Inbox
@@ -28,7 +30,9 @@ class Waiting:
     text: TextStream
     echo: str
     unsaid: int
+    asked: float
     made: int = 0
+    last: float | None = None
 
     @classmethod
     def of(cls, inbox: Inbox, index: int, request: Request, ask: Ask, tokenizer: Tokenizer) -> Self:
@@ -43,6 +47,7 @@ class Waiting:
             TextStream(tokenizer, prompt, ask.stop),
             echo if ask.echo else "",
             int(scored and isinstance(asked, str)),
+            perf_counter(),
         )
 
     def take(self, event: Event) -> Finish:

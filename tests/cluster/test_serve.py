@@ -161,6 +161,19 @@ def test_a_stream_comes_in_pieces(server):
     assert "".join(parts) == wanted(server, max_new_tokens=20, temperature=0.0)[1]
 
 
+def test_the_engine_tells_prometheus_what_it_did(server):
+    before, after = {}, {}
+    for found in (before, after):
+        status, text = call(server, "GET", "/metrics")[:2]
+        assert status == 200
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        found |= {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+        if found is before:
+            complete(server, "The ", max_tokens=4)
+    made = "moe_router_serving_generation_tokens_total"
+    assert after[made] == before[made] + 4 and after["moe_router_serving_healthy"] == 1
+
+
 def test_a_wrong_request_has_a_status_of_its_own(server):
     for more in ({}, {"stream": True}):
         status, body = complete(server, [1, 999], **more)
