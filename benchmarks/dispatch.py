@@ -91,6 +91,8 @@ class Table:
     def _keep(self, job: Job, rows: list[Row]) -> None:
         self.left.remove(job)
         rows = [row | self._origin for row in rows if _wanted(row["name"], self._patterns)]
+        if self.ranks != 2:  # what the goals are about
+            rows = [row | {"name": f"{row['name']}/W{self.ranks}"} for row in rows]
         print("\n".join(map(shown, rows)), flush=True)
         if self._saves:
             save("dispatch", rows)

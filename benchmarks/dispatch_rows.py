@@ -104,7 +104,7 @@ def failed_row(name: str, reason: str, ranks: int) -> Row:
 def shown(row: Row) -> str:
     if "reason" in row and "transports" not in row:
         return f"{row['name']}: {row['reason']}"
-    if row["name"] == LAYER_ROW:
+    if row["name"].startswith(LAYER_ROW):
         said = f"us {row['us']}, parts {row['parts']}, {row['reasons'] or ''}"
         return f"{row['name']}: {row['value']} {row['unit']} ({row['transport']}), {said}"
     others = ", ".join(f"{n} {s['p50'] or s['reason']}" for n, s in row["transports"].items())

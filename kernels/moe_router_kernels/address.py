@@ -110,9 +110,10 @@ def lay_out(
     src_R, row_TW = rank_TK.new_empty(rows), rank_TK.new_empty(T, W)
     packed_RP = rank_TK.new_empty(rows, bits.size(1) + K)
     told = rank_TK.new_zeros(())
-    block_t = 256
+    block_t = 512  # few, so that the last one soon has counted the tokens before it
     _lay_out_kernel[(W, max(1, triton.cdiv(T, block_t)))](
         rank_TK, slot_TK, bits, bound_W, src_R, row_TW, packed_RP, told, T, W=W, K=K,
         K_PAD=triton.next_power_of_2(max(K, 1)), WORDS=words, BLOCK_T=block_t,
+        num_warps=8,
     )  # fmt: skip
     return src_R, row_TW, packed_RP, told

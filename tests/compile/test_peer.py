@@ -40,8 +40,8 @@ def test_peers_meet_in_system_scope_and_within_a_bound(tmp_path):
 
 @pytest.mark.parametrize("words", [1, 2])
 def test_rows_are_laid_out_without_spills(words, tmp_path):
-    constants = {"W": 2, "K": 8, "K_PAD": 8, "WORDS": words, "BLOCK_T": 256}
-    sass = machine_code(address._lay_out_kernel, ROWS, constants, tmp_path)
+    constants = {"W": 2, "K": 8, "K_PAD": 8, "WORDS": words, "BLOCK_T": 512}
+    sass = machine_code(address._lay_out_kernel, ROWS, constants, tmp_path, num_warps=8)
     assert spills(sass) == 0
     find = machine_code(address._find_kernel, ROWS, {"K": 8, "BLOCK": 1024}, tmp_path)
     assert spills(find) == 0
