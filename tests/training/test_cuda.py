@@ -53,8 +53,10 @@ def test_activation_checkpointing_changes_no_bit():
 
 @two_gpus
 @pytest.mark.parametrize("dense", ["replicated", "fsdp"])
-def test_two_gpus_follow_the_curve_of_one(dense):
-    config = work.tiny({"bias_rate": 0.05, "z_loss": 0.01}, dense=dense)
+@pytest.mark.parametrize("expert_ranks", [2, 1])
+def test_two_gpus_follow_the_curve_of_one(dense, expert_ranks):
+    cluster = {"actors": 2, "expert_ranks": expert_ranks}
+    config = work.tiny({"bias_rate": 0.05, "z_loss": 0.01}, dense=dense, cluster=cluster)
     wanted = work.curve(0, 1, config, STEPS, "cuda")[0]
     parts = run_ranks(2, work.curve, config, STEPS, "cuda", backend="nccl")
     for records, *_ in parts:
