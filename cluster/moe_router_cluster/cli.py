@@ -105,6 +105,10 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help="holds the bearer token; default: $MOE_ROUTER_TOKEN")
     ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM, of HTTP and gRPC; with --tls-key")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM")] = None,
     actors: Annotated[int | None, typer.Option(help="default: the run's", min=1)] = None,
     set_: Set = None,
 ) -> None:
@@ -120,6 +124,8 @@ def serve(
             host=host,
             grpc_port=grpc_port,
             token_file=None if token_file is None else str(token_file),
+            tls_certificate=None if tls_certificate is None else str(tls_certificate),
+            tls_key=None if tls_key is None else str(tls_key),
         )
         try:
             answer(arguments, port, Console())

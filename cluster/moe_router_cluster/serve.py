@@ -72,7 +72,10 @@ def _deploy(plan: ServePlan, port: int) -> int:
     _require_room(plan.config.cluster)
     _serve: Any = ray_serve
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    options = {"host": plan.host, "port": port}
+    options: dict[str, Any] = {"host": plan.host, "port": port}
+    if plan.tls is not None:
+        options["ssl_certfile"] = str(plan.tls.certificate)
+        options["ssl_keyfile"] = str(plan.tls.key)
     _serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
     try:
         handle = _serve.run(application(plan), name=APP, route_prefix="/", logging_config=quiet)
@@ -108,6 +111,7 @@ def _reason(status: Any, error: Exception) -> str:
 def _greet(plan: ServePlan, port: int, grpc_port: int, console: Console) -> None:
     address = _address(plan, port)
     key = ' -H "Authorization: Bearer $MOE_ROUTER_TOKEN"' if plan.token else ""
+    key += "" if plan.tls is None else f" --cacert {plan.tls.certificate}"
     lines = [
         *([f"page  {address}"] if plan.page else []),
         f"HTTP  {address}/v1/completions",
@@ -125,7 +129,7 @@ def _host(plan: ServePlan) -> str:
 
 
 def _address(plan: ServePlan, port: int) -> str:
-    return f"http://{_host(plan)}:{port}"
+    return f"http{'' if plan.tls is None else 's'}://{_host(plan)}:{port}"
 
 
 def _require_free(host: str, port: int, option: str) -> None:

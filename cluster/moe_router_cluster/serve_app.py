@@ -108,7 +108,7 @@ class GrpcFront:
             router_adder(await _gating(engine, plan.model)),
         ]
         self._server, self._port = await serve_grpc(
-            adders, host=plan.host, port=plan.grpc_port, token=plan.token
+            adders, host=plan.host, port=plan.grpc_port, token=plan.token, tls=plan.tls
         )
 
     async def port(self) -> int:

@@ -1,6 +1,7 @@
 """What is to be served, where, and to whom: from a run and a few words to one checked record."""
 
 import os
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from moe_router.errors import ConfigError
 from moe_router.models import CausalLM
 from moe_router.models.generate import require_causal
 from moe_router.run_path import find_run
-from moe_router.serving.grpc_server import is_loopback
+from moe_router.serving.grpc_server import Tls, is_loopback
 from moe_router.training.checkpoint_files import STATE, read_about
 from moe_router.training.data import load_tokenizer
 
@@ -34,6 +35,8 @@ class ServeArguments:
         token_file: holds the bearer token; None reads MOE_ROUTER_TOKEN.
         page: a page for people at /.
         chaos: whoever sees it may kill shards; on loopback alone.
+        tls_certificate, tls_key: PEM files of HTTP and gRPC, the chain and its private key; None
+            is plain text. A file for `serve deploy` names them in `http_options` as well.
     """
 
     run: str
@@ -44,6 +47,8 @@ class ServeArguments:
     token_file: str | None = None
     page: bool = False
     chaos: bool = False
+    tls_certificate: str | None = None
+    tls_key: str | None = None
 
     @classmethod
     def of(cls, args: dict[str, Any]) -> "ServeArguments":
@@ -61,6 +66,7 @@ class ServePlan:
     step_dir: the checkpoint, absolute.
     folder: where relative paths of `data` start.
     token: never shown; None lets only this machine in.
+    tls: of HTTP and gRPC; None is plain text.
     """
 
     config: Config
@@ -71,6 +77,7 @@ class ServePlan:
     token: str | None = field(repr=False)
     page: bool = False
     chaos: bool = False
+    tls: Tls | None = None
 
     @property
     def model(self) -> str:
@@ -108,7 +115,24 @@ def make_plan(arguments: ServeArguments) -> ServePlan:
         token=token,
         page=arguments.page,
         chaos=arguments.chaos,
+        tls=_tls(arguments),
     )
+
+
+def _tls(arguments: ServeArguments) -> Tls | None:
+    certificate, key = arguments.tls_certificate, arguments.tls_key
+    if certificate is None or key is None:
+        half = certificate or key
+        require(half is None, "tls", half, "a certificate and its key, or neither")
+        return None
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except OSError as error:  # ssl's own are among them
+        raise ConfigError(
+            f"tls: {certificate} and {key}: {error.strerror or error}; want PEM files of a "
+            "certificate and of its key"
+        ) from error
+    return Tls(Path(certificate).absolute(), Path(key).absolute())
 
 
 def read_token(file: str | None) -> str | None:

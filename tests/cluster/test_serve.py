@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from moe_router.training.loop import Trainer
 from moe_router_cluster.run_folder import open_run
 from tests.cluster.test_cli import marked
 from tests.cluster.test_submit import free_ports
+from tests.tls import certificate
 
 pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +48,11 @@ def start(arguments, folder, command="serve", **more):
     return process, mark
 
 
-def serving(process, mark, port, step):
-    """Wait until it serves: what it printed, its ports, and the model that it serves."""
+def serving(process, mark, port, step, trust=None):
+    """Wait until it serves: what it printed, its ports, and the model that it serves.
+
+    trust: the certificate that it shows; None: it speaks plain text.
+    """
     said = []
     for line in process.stdout:
         said.append(line)
@@ -58,8 +63,9 @@ def serving(process, mark, port, step):
     (address,) = [line.split()[1] for line in said if line.startswith("gRPC")]
     model, _, tokenizer = load_for_inference(step)
     return SimpleNamespace(
-        port=port, grpc=address, mark=mark, process=process, said=said, model=model, tok=tokenizer
-    )
+        port=port, grpc=address, mark=mark, process=process, said=said, model=model, tok=tokenizer,
+        trust=trust,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,26 +82,39 @@ def run(tiny_of_module):
 
 @pytest.fixture(scope="module")
 def server(run):
-    """A served run, until the end of the module."""
+    """A served run behind TLS, until the end of the module."""
     (run.parent / "token").write_text("secret\n")
+    pem, key = certificate(run.parent)
     (port,) = free_ports(1)
     options = ["--port", str(port), "--grpc-port", "0", "--token-file", "token", "--actors", "2"]
+    options += ["--tls-certificate", pem.name, "--tls-key", key.name]
     more = ["--set", "cluster.timeout_s=20"]
     process, mark = start([str(run), *options, *more], run.parent)
-    yield serving(process, mark, port, next(run.glob("step_*")))
+    yield serving(process, mark, port, next(run.glob("step_*")), pem.read_bytes())
     process.kill()
     process.communicate()
 
 
+def connection_to(server):
+    if server.trust is None:
+        return http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    trust = ssl.create_default_context(cadata=server.trust.decode())
+    return http.client.HTTPSConnection("127.0.0.1", server.port, timeout=60, context=trust)
+
+
 def call(server, method, path, body=None, headers=KEY):
     """Status, body, headers."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = connection_to(server)
     kind = {"Content-Type": "application/json"} if body is not None else {}
     connection.request(method, path, None if body is None else json.dumps(body), kind | headers)
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
     return answer.status, text, answer.headers
+
+
+def channel_of(server):
+    return grpc.secure_channel(server.grpc, grpc.ssl_channel_credentials(server.trust))
 
 
 def complete(server, prompt="The ", **asked):
@@ -125,9 +144,18 @@ def shards(server):
 
 def test_it_says_where_it_is_and_how_to_ask(server):
     text = "".join(server.said)
-    assert f"http://127.0.0.1:{server.port}/v1/completions" in text
-    assert "curl -N http://127.0.0.1:" in text and "Bearer $MOE_ROUTER_TOKEN" in text
+    assert f"https://127.0.0.1:{server.port}/v1/completions" in text
+    assert "curl -N https://127.0.0.1:" in text and "Bearer $MOE_ROUTER_TOKEN" in text
     assert "secret" not in text and "on 2 actors; starting" in text
+
+
+def test_without_tls_nobody_gets_through(server):
+    plain = SimpleNamespace(port=server.port, trust=None)
+    with pytest.raises((http.client.HTTPException, OSError)):
+        call(plain, "GET", "/health")
+    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as refused:
+        GenerationStub(channel).Health(pb.HealthRequest(), metadata=GRPC_KEY, timeout=10)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_health_is_open_and_the_rest_is_not(server):
@@ -183,7 +211,7 @@ def test_a_wrong_request_has_a_status_of_its_own(server):
 
 def test_grpc_generate_is_generate(server):
     request = pb.GenerateRequest(text="The ", max_tokens=12, temperature=0.9, seed=5)
-    with grpc.insecure_channel(server.grpc) as channel:
+    with channel_of(server) as channel:
         stub = GenerationStub(channel)
         with pytest.raises(grpc.RpcError) as refused:
             list(stub.Generate(request))
@@ -205,7 +233,7 @@ def test_the_routers_of_the_served_model_decide_for_outsiders(server):
     from moe_router.types import Tokens
 
     x_TD = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    with grpc.insecure_channel(server.grpc) as channel:
+    with channel_of(server) as channel:
         stub = RouterStub(channel)
         watch = stub.WatchSnapshot(pb.WatchSnapshotRequest(), metadata=GRPC_KEY)
         snapshot = snapshot_of(next(watch))
@@ -220,7 +248,7 @@ def test_the_routers_of_the_served_model_decide_for_outsiders(server):
 
 def test_a_stream_outlives_a_rank(server):
     body = {"prompt": "The ", "stream": True, "max_tokens": 120, "temperature": 0.9, "seed": 6}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = connection_to(server)
     kind = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), kind | KEY)
     answer = connection.getresponse()

@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from moe_router.errors import ConfigError, NotCausalError
+from moe_router.serving.grpc_server import Tls
 from moe_router.training.loop import Trainer
 from moe_router_cluster.run_folder import open_run
 from moe_router_cluster.serve_plan import ServeArguments, make_plan, read_token
+from tests.tls import certificate
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "cluster" / "serve.yaml"
@@ -164,3 +166,18 @@ def test_the_config_file_builds_the_application(run):
     getattr(serve_app, name)(config["args"] | {"run": run})
     built = {serve_app.EngineReplica, serve_app.HttpFront, serve_app.GrpcFront}
     assert {d["name"] for d in config["deployments"]} == {each.__name__ for each in built}
+
+
+def test_tls_wants_a_certificate_and_its_key(run, tmp_path):
+    pem, key = map(str, certificate(tmp_path))
+    plan = make_plan(ServeArguments(run=run, tls_certificate=pem, tls_key=key))
+    assert plan.tls == Tls(Path(pem), Path(key))
+    for half in ({"tls_certificate": pem}, {"tls_key": key}):
+        with pytest.raises(ConfigError, match="want a certificate and its key, or neither"):
+            make_plan(ServeArguments(run=run, **half))
+    for wrong in (
+        {"tls_certificate": key, "tls_key": pem},
+        {"tls_certificate": "x", "tls_key": key},
+    ):
+        with pytest.raises(ConfigError, match=r"^tls: .*; want PEM files of a certificate and"):
+            make_plan(ServeArguments(run=run, **wrong))

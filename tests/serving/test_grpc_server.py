@@ -1,8 +1,6 @@
 """The server under the services, over real connections on loopback."""
 
 import asyncio
-import shutil
-import subprocess
 from functools import partial
 
 import grpc
@@ -24,6 +22,7 @@ from moe_router.serving.router_pb2_grpc import (
     RouterStub,
     add_GenerationServicer_to_server,
 )
+from tests.tls import certificate
 
 Code = grpc.StatusCode
 
@@ -179,13 +178,7 @@ def test_a_taken_port_is_refused():
 
 
 def test_tls(tmp_path):
-    if shutil.which("openssl") is None:
-        pytest.skip("needs openssl, to make a certificate")
-    pem = Tls(tmp_path / "cert.pem", tmp_path / "key.pem")
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    files = ["-keyout", str(pem.key), "-out", str(pem.certificate)]
-    subprocess.run([*make.split(), *names, *files], check=True, capture_output=True)
+    pem = Tls(*certificate(tmp_path))
 
     async def go():
         add = partial(add_GenerationServicer_to_server, Echo())
