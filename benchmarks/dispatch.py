@@ -22,7 +22,8 @@ from typing import Any
 from torch.multiprocessing.spawn import ProcessException
 
 from benchmarks.dispatch_contenders import ROUTINGS
-from benchmarks.dispatch_measure import PROGRESS, SAMPLES, Job, measure_jobs
+from benchmarks.dispatch_measure import SAMPLES, Job, measure_jobs
+from benchmarks.dispatch_ranks import PROGRESS
 from benchmarks.dispatch_rows import (
     LAYER,
     LAYER_ROW,

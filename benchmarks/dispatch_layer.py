@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.dispatch_measure import Ranks, Run, chosen_by, slowest
+from benchmarks.dispatch_measure import Run, chosen_by, slowest
+from benchmarks.dispatch_ranks import Ranks
 from moe_router import MoE, MoEConfig
 from moe_router.dispatch import AllToAll, Bounded
 from moe_router.dispatch.base import Dispatcher

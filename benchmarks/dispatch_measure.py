@@ -1,26 +1,25 @@
 """What each rank of the dispatch benchmark runs: check, then time all contenders in turn."""
 
 import faulthandler
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks import timing
-from benchmarks.dispatch_contenders import MAKERS, Contender, draw
+from benchmarks.dispatch_contenders import MAKERS, Case, Contender, draw
+from benchmarks.dispatch_ranks import Ranks
 from moe_router.dispatch.link import Link, Problem, choose, measure
 
 ROUNDS, SAMPLES = 5, 20  # samples of a contender in each of the interleaved rounds
-GRAPH_TOKENS = 256  # up to so many, launches cost more than bytes: measured as CUDA graphs
+GRAPH_TOKENS = 256  # up to so many, launches cost more than bytes: a CUDA graph is the value
+SYNCING = ("all_to_all", "plain all-to-all")  # no graph can hold them
 JOB_S = 100  # a job that takes longer hangs: its ranks end, and say where they were
-PROGRESS = "progress"
 Run = Callable[[], Any]
 Shape = tuple[int, int, int, int]
 
@@ -32,57 +31,6 @@ class Job:
     name: str
     shape: tuple[int, ...]
     routing: str | None
-
-
-class Ranks:
-    """What the ranks of a benchmark agree on, over gloo: nothing of it touches a GPU.
-
-    Args:
-        folder: rank 0 writes there who is at work, and what was measured.
-        excluded: contenders that are not to take part, and why.
-    """
-
-    def __init__(self, folder: str, excluded: dict[str, str]) -> None:
-        self._folder, self._excluded, self._job = Path(folder), excluded, ""
-
-    def begin(self, job: str) -> None:
-        self._job = job
-        self.at_work("")
-
-    def at_work(self, contender: str) -> None:
-        if dist.get_rank() == 0:
-            self._write(PROGRESS, {"job": self._job, "contender": contender})
-
-    def say(self, found: object) -> None:
-        if dist.get_rank() == 0:
-            self._write(f"{self._job}.json", found)
-
-    def attempt(self, contender: str, run: Callable[[], Any]) -> tuple[Any, str]:
-        """What run returns, and "", or None and why there is nothing: the same on all ranks."""
-        if contender in self._excluded:
-            return None, self._excluded[contender]
-        self.at_work(contender)
-        found, reason = None, ""
-        try:
-            found = run()
-        except Exception as problem:  # whatever a contender raises is its line in the table
-            lines = str(problem).strip().splitlines() or [""]
-            reason = f"{type(problem).__name__}: {lines[0][:200]}"
-        failed = torch.tensor(int(bool(reason)))
-        dist.all_reduce(failed)
-        if failed and not reason:
-            reason = "failed on another rank"
-        return (None if reason else found), reason
-
-    def time_is_up(self, end: float) -> bool:
-        over = torch.tensor(int(time.monotonic() > end))
-        dist.broadcast(over, 0)
-        return bool(over)
-
-    def _write(self, name: str, found: object) -> None:
-        partial = self._folder / f"{name}.tmp"
-        partial.write_text(json.dumps(found))
-        os.replace(partial, self._folder / name)
 
 
 def measure_jobs(
@@ -139,18 +87,20 @@ def _measure_case(
     runs: dict[tuple[str, str], Run] = {}
     with torch.no_grad():
         for name, make in MAKERS.items():
-
-            def prepare(name: str = name, make: Callable[..., Contender] = make) -> Any:
-                return _prepare(name, make(case), device)
-
-            ready, reason = ranks.attempt(name, prepare)
+            ready, reason = ranks.attempt(name, partial(_prepare, make, case, device))
             wrong, about, ways = ready or (reason, {}, {})
             found[name] = {"correct": not wrong, "reason": wrong, "dispatch": [], "combine": []}
             found[name] |= about
+            if ways and device.type == "cuda" and name not in SYNCING:
+                graphs, reason = ranks.attempt(f"{name}, as a graph", partial(_graphs, ways))
+                small = case.most <= GRAPH_TOKENS
+                ways = (graphs or ways) if small else ways | _beside(graphs or {})
+                found[name] |= {"graph": small and not reason, "graph_reason": reason}
+            found[name] |= {way: [] for way in ways}
             runs |= {(name, way): run for way, run in ways.items()}
         for _ in range(ROUNDS):
             for (name, way), run in runs.items():
-                ranks.at_work(name)
+                ranks.at_work(f"{name}, as a graph" if way.endswith("_graph") else name)
                 found[name][way] += slowest(run, device, samples)
     ranks.at_work("")
     sent = (case.visits_T.sum() - _at_home(case)).double()
@@ -163,32 +113,37 @@ def _measure_case(
 
 
 def _prepare(
-    name: str, contender: Contender, device: torch.device
+    make: Callable[[Case], Contender], case: Case, device: torch.device
 ) -> tuple[str, dict[str, Any], dict[str, Run]]:
     """What is wrong with a contender's rows, what a dispatch of it costs, and what to time."""
+    contender = make(case)
     reason = contender.obstacle()
     if reason:
         return reason, {}, {}
-    static = name not in ("all_to_all", "plain all-to-all")
-    graph = device.type == "cuda" and static and contender.case.most <= GRAPH_TOKENS
-    about = _costs(contender, device) | {"graph": graph}
-    out, back = _runs(contender, graph)
-    return "", about, {"dispatch": out, "combine": back}
+    return "", _costs(contender, device), _runs(contender)
 
 
-def _at_home(case: Any) -> torch.Tensor:
+def _at_home(case: Case) -> torch.Tensor:
     """Tokens with an expert on their own rank."""
     mine = list(case.placement.experts_of_rank[dist.get_rank()])
     held = torch.isin(case.choice.target_TK, torch.tensor(mine, device=case.x_TD.device))
     return held.any(1).sum()
 
 
-def _runs(contender: Contender, graph: bool) -> tuple[Run, Run]:
+def _runs(contender: Contender) -> dict[str, Run]:
     """Dispatch, and combine of what it received."""
     state = contender.dispatch()
     y_ND = contender.result(state).clone()
-    out, back = contender.dispatch, lambda: contender.combine(y_ND, state)
-    return (timing.capture(out), timing.capture(back)) if graph else (out, back)
+    return {"dispatch": contender.dispatch, "combine": lambda: contender.combine(y_ND, state)}
+
+
+def _graphs(runs: dict[str, Run]) -> dict[str, Run]:
+    return {way: timing.capture(run) for way, run in runs.items()}
+
+
+def _beside(graphs: dict[str, Run]) -> dict[str, Run]:
+    """By names that stand beside those of the same work launched by the host."""
+    return {f"{way}_graph": run for way, run in graphs.items()}
 
 
 def _costs(contender: Contender, device: torch.device) -> dict[str, Any]:

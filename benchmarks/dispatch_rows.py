@@ -46,7 +46,8 @@ def case_rows(shape: Shape, routing: str, said: dict[str, Any], ranks: int) -> l
             "ratio": round(others[best] / value, 3) if best and value else None,
             "ceiling": round(remote / said["copy_bytes_per_s"] * 1e6, 1),
             "correct": found["correct"], "reason": found["reason"], "ranks": ranks,
-            "graph": found.get("graph"), "host_syncs": found.get("host_syncs"),
+            "graph": found.get("graph", False), "graph_p50": ours.get("graph_p50"),
+            "host_syncs": found.get("host_syncs"),
             "buffer_bytes": found.get("buffer_bytes"), "remote_bytes": remote,
         }  # fmt: skip
         if value:
@@ -63,11 +64,15 @@ def _fastest(of: dict[str, Any], names: list[str]) -> str:
 
 
 def _summary(found: dict[str, Any], way: str) -> dict[str, Any]:
-    samples = sorted(found[way])
+    samples, graph = sorted(found[way]), sorted(found.get(f"{way}_graph", []))
     if not samples:
         return {"p50": None, "p99": None, "reason": found["reason"]}
     p99 = samples[min(len(samples) - 1, len(samples) * 99 // 100)]
-    return {"p50": round(samples[len(samples) // 2], 1), "p99": round(p99, 1)}
+    said = {"p50": round(samples[len(samples) // 2], 1), "p99": round(p99, 1)}
+    if graph:
+        said["graph_p50"] = round(graph[len(graph) // 2], 1)
+    why = found.get("graph_reason")
+    return said | ({"graph_reason": why} if why else {})
 
 
 def _over_minimum(name: str, shape: Shape, remote: int, ranks: int) -> float | None:

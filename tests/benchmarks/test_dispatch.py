@@ -10,6 +10,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException
 
 from benchmarks import dispatch, dispatch_measure, results
+from benchmarks.dispatch_ranks import PROGRESS, Ranks
 from tests.gloo import run_ranks
 
 NAMES = ("all_to_all", "padded", "gather_scatter", "peer_memory")
@@ -81,7 +82,18 @@ def test_a_wrong_or_lost_row_has_no_time():
     row, _ = dispatch.case_rows((8, 4, 2, 4), "zipf", said, 2)
     assert row["transport"] == "all_to_all" and (row["p50"], row["p99"]) == (2.0, 3.0)
     assert row["transports"]["padded"] == {"p50": None, "p99": None, "reason": "does not fit"}
+    assert row["graph"] is False and row["graph_p50"] is None
     assert row["ceiling"] == 1.0 and row["remote_gb_s"] == 0.5 and row["of_copy"] == 0.5
+    replayed = found | {"dispatch_graph": [0.5, 1.5, 1.0], "combine_graph": [1.0], "graph": False}
+    row, _ = dispatch.case_rows(
+        (8, 4, 2, 4), "zipf", said | {"contenders": contenders | {"padded": replayed}}, 2
+    )
+    assert row["transports"]["padded"] == {"p50": 2.0, "p99": 3.0, "graph_p50": 1.0}
+    no_graph = found | {"graph": False, "graph_reason": "no capture"}
+    row, _ = dispatch.case_rows(
+        (8, 4, 2, 4), "zipf", said | {"contenders": contenders | {"padded": no_graph}}, 2
+    )
+    assert row["transports"]["padded"] == {"p50": 2.0, "p99": 3.0, "graph_reason": "no capture"}
     nothing = said | {"contenders": dict.fromkeys(NAMES, lost)}
     row, _ = dispatch.case_rows((8, 4, 2, 4), "zipf", nothing, 2)
     assert row["value"] is None and row["ratio"] is None and not row["correct"]
@@ -96,7 +108,7 @@ def test_a_contender_that_fails_does_not_lose_the_others(saved, monkeypatch, cap
         starts.append(([job.name for job in jobs], dict(excluded)))
         if len(starts) < 3:
             at = {"job": jobs[0].name, "contender": "" if excluded else "padded"}
-            (Path(folder) / dispatch_measure.PROGRESS).write_text(json.dumps(at))
+            (Path(folder) / PROGRESS).write_text(json.dumps(at))
             raise ProcessExitedException("Traceback\nboom: 7", 0, 1, 1)
         run_here(ranks, kind, function, jobs, excluded, samples, folder, 60, meanwhile=meanwhile)
 
@@ -114,7 +126,7 @@ def test_a_contender_that_fails_does_not_lose_the_others(saved, monkeypatch, cap
 
 def raises(rank, ranks, folder):
     """One rank fails; both hear of it and go on."""
-    both = dispatch_measure.Ranks(folder, {"left out": "it hung"})
+    both = Ranks(folder, {"left out": "it hung"})
     both.begin("job")
 
     def work():
@@ -131,7 +143,7 @@ def test_ranks_agree_on_who_failed(tmp_path):
     assert first[0] == (None, "failed on another rank")
     assert second[0] == (None, "ValueError: no room")
     assert first[1:] == second[1:] == [(None, "it hung"), (4, ""), True]  # by the clock of rank 0
-    at = json.loads((tmp_path / dispatch_measure.PROGRESS).read_text())
+    at = json.loads((tmp_path / PROGRESS).read_text())
     assert at == {"job": "job", "contender": "other"}
 
 
