@@ -68,7 +68,8 @@ TASKS = {
     ),
     "enwik8": Task(
         "skip", _ENWIK8, 300, 150,
-        _shares("skip", (0.5,)) | _shares("leap", (0.5,)) | _shares("halt", (0.6,))
+        _shares("skip", (0.5,)) | _shares("skip", (0.125,), every=2, first=1)
+        | _shares("leap", (0.5,), curriculum=100) | _shares("halt", (0.6,))
         | _shares("halt", (0.6,), **PONDER) | _shares("halt", (0.8,), **TSA) | _FREE,
         "rows of 128 bytes",
     ),
