@@ -147,6 +147,7 @@ def page(rows: list[Row], notes: str, speed: list[Row]) -> str:
         "## Again",
         "",
         "    python -m benchmarks.dense_routing --fashion DIR --sst2 DIR --seeds 0,1,2 --save",
+        "    python -m benchmarks.dense_routing --enwik8 DIR --imdb DIR --cifar DIR --save",
         "    python -m benchmarks.skip_speed --save    # a GPU, under two minutes",
         "    python -m benchmarks.dense_routing_table",
         "",

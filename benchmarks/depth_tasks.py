@@ -43,6 +43,8 @@ _GATE = {"router": "mlp", "router_hidden": 32, "threshold": 0.5, "start": -4.0}
 TSA = {"halting": "tsa", **_GATE}
 PONDER = {"halting": "ponder", "threshold": 0.9, "start": -2.0, "prior": 0.3}
 _FREE = {"tsa/free": RoutingConfig(kind="halt", every=1, first=0, **TSA)}  # type: ignore[arg-type]
+# as in its paper: every second block, one token in eight
+MOD = {"mod/0.125": RoutingConfig(kind="skip", keep=0.125, every=2, first=1)}
 _CIFAR = (
     "data.image={size: 32, channels: 3, patch: 4}", "data.seq_len=64", "train.eval_rows=1000",
     "data.labels=[airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck]",
@@ -68,7 +70,7 @@ TASKS = {
     ),
     "enwik8": Task(
         "skip", _ENWIK8, 300, 150,
-        _shares("skip", (0.5,)) | _shares("skip", (0.125,), every=2, first=1)
+        MOD | _shares("skip", (0.5,))
         | _shares("leap", (0.5,), curriculum=100) | _shares("halt", (0.6,))
         | _shares("halt", (0.6,), **PONDER) | _shares("halt", (0.8,), **TSA) | _FREE,
         "rows of 128 bytes",
@@ -114,7 +116,8 @@ def settings(task: Task) -> list[Setting]:
             variants[f"{name}/position"] = replace(routing, router="position")
         # a block counts by the router's weight, so a dense model knows nothing of being skipped:
         # Mixture-of-Depths learns from the beginning, as in its paper
-        start, steps = (None, task.steps + tune) if kind == "skip" else ("dense", tune)
+        anew = routing.kind == "skip"
+        start, steps = (None, task.steps + tune) if anew else ("dense", tune)
         rows += [Setting(n, r, start, steps, rival) for n, r in variants.items()]
         if kind not in seen:
             if kind == "merge":
