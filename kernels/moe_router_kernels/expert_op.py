@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.plan_op import plan_from_ids
+from moe_router_kernels.tiles import Few, is_few
 
 
 def runs_expert_mlp(kernels: str, x_TD: Tensor, gate_up: Tensor) -> bool:
@@ -153,7 +155,7 @@ def expert_mlp(
         ValueError: shapes, dtypes or devices that do not fit each other.
     """
     leaves = (x_TD, weight_TK, gate_up, down)
-    _check(*leaves, offsets_G1, row_TK)
+    _check(*leaves, row_TK, offsets_G1)
     keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     # cast outside of the operation, so that forward and backward share the copies, and a gradient
     # is written in the dtype of its weight at once
@@ -163,20 +165,57 @@ def expert_mlp(
     return out
 
 
+@torch.library.custom_op("moe_router::few_experts", mutates_args=())
+def _few_experts(
+    x_TD: Tensor, weight_TK: Tensor, ids_TK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    from moe_router_kernels import few_rows
+
+    tensors = (t.contiguous() for t in (x_TD, weight_TK, gate_up, down))
+    return few_rows.forward(*tensors, ids_TK=ids_TK.contiguous(), few=Few())
+
+
+@_few_experts.register_fake
+def _(x_TD: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x_TD)
+
+
+def expert_mlp_of_ids(
+    x_TD: Tensor, weight_TK: Tensor, ids_TK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`expert_mlp` for choices made elsewhere; for few tokens without gradients it needs no Plan.
+
+    Args:
+        weight_TK: of any float dtype.
+        ids_TK: (T, K) integers; an id that is no group adds nothing.
+    """
+    leaves, G = (x_TD, weight_TK, gate_up, down), gate_up.size(0)
+    learns = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    alike = x_TD.dtype == gate_up.dtype == down.dtype
+    if is_few(x_TD.size(0), ids_TK.numel(), G) and alike and not learns and ids_TK.numel():
+        _check(*leaves, ids_TK)
+        out: Tensor = _few_experts(x_TD, weight_TK, ids_TK, gate_up, down)
+        return out
+    plan = plan_from_ids(ids_TK.int(), G)
+    return expert_mlp(x_TD, weight_TK.float(), gate_up, down, *plan)
+
+
 def _check(
-    x_TD: Tensor, weight_TK: Tensor, gate_up: Tensor, down: Tensor, offsets_G1: Tensor,
-    row_TK: Tensor,
+    x_TD: Tensor, weight_TK: Tensor, gate_up: Tensor, down: Tensor, choice_TK: Tensor,
+    offsets_G1: Tensor | None = None,
 ) -> None:  # fmt: skip
     G, width, D = gate_up.shape if gate_up.dim() == 3 else (0, 0, 0)
     hidden = width // 2
     for name, tensor, shape in (
         ("x_TD", x_TD, (x_TD.size(0), D)),
-        ("weight_TK", weight_TK, tuple(row_TK.shape)),
-        ("row_TK", row_TK, (x_TD.size(0), row_TK.size(-1))),
+        ("weight_TK", weight_TK, tuple(choice_TK.shape)),
+        ("choices", choice_TK, (x_TD.size(0), choice_TK.size(-1))),
         ("gate_up", gate_up, (G, 2 * hidden, D)),
         ("down", down, (G, D, hidden)),
         ("offsets_G1", offsets_G1, (G + 1,)),
     ):
+        if tensor is None:
+            continue
         if tuple(tensor.shape) != shape or tensor.device != x_TD.device:
             raise ValueError(
                 f"{name}: got {tuple(tensor.shape)} on {tensor.device}, want {shape} on "

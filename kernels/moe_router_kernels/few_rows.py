@@ -13,6 +13,8 @@ from torch import Tensor
 
 from moe_router_kernels.tiles import Few
 
+Plan = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 @triton.jit
 def _group_of(row, offsets_ptr, G, G_PAD: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -24,23 +26,28 @@ def _group_of(row, offsets_ptr, G, G_PAD: tl.constexpr):  # type: ignore[no-unty
 
 @triton.jit
 def _up_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, src_ptr, w_ptr, offsets_ptr, act_ptr, G, F, D,
-    G_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, ids_ptr, src_ptr, w_ptr, offsets_ptr, act_ptr, G, F, D, K,
+    PLANNED: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """ROWS activations of one row: silu(gate x) * up x."""
     dtype = act_ptr.dtype.element_ty
     row = tl.program_id(1)
-    if row < tl.load(offsets_ptr + G):
-        group = _group_of(row, offsets_ptr, G, G_PAD).to(tl.int64)
-        token = tl.load(src_ptr + row).to(tl.int64)
+    if PLANNED:
+        group = _group_of(row, offsets_ptr, G, G_PAD)
+        token = tl.load(src_ptr + row)
+    else:
+        group = tl.load(ids_ptr + row)
+        token = row // K
+    if (group >= 0) & (group < G):
+        x_at = x_ptr + token.to(tl.int64) * D
         f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        gate_at = w_ptr + (group * 2 * F + f)[:, None] * D
+        gate_at = w_ptr + (group.to(tl.int64) * 2 * F + f)[:, None] * D
         gate = tl.zeros((ROWS, BLOCK_D), tl.float32)
         lift = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
             inside = (f < F)[:, None] & (d < D)[None, :]
-            x = tl.load(x_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_at + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
             at = gate_at + d[None, :]
             gate += tl.load(at, mask=inside, other=0.0).to(tl.float32) * x
             lift += tl.load(at + F.to(tl.int64) * D, mask=inside, other=0.0).to(tl.float32) * x
@@ -52,19 +59,24 @@ def _up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _down_kernel(  # type: ignore[no-untyped-def]
-    act_ptr, w_ptr, offsets_ptr, row_ptr, weight_ptr, out_ptr, G, F, D,
-    K: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
+    act_ptr, w_ptr, ids_ptr, offsets_ptr, row_ptr, weight_ptr, out_ptr, G, F, D,
+    PLANNED: tl.constexpr, K: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """ROWS channels of one token, over all its choices in order of k."""
     token = tl.program_id(1)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, BLOCK_F), tl.float32)
     for k in tl.static_range(K):
-        row = tl.load(row_ptr + token * K + k)
-        if row >= 0:
-            weight = tl.load(weight_ptr + token * K + k).to(tl.float32)
-            group = _group_of(row, offsets_ptr, G, G_PAD).to(tl.int64)
-            w_at = w_ptr + (group * D + n)[:, None] * F
+        row = token * K + k
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+        if PLANNED:
+            row = tl.load(row_ptr + row)
+            group = tl.where(row < 0, -1, _group_of(row, offsets_ptr, G, G_PAD))
+        else:
+            group = tl.load(ids_ptr + row)
+        if (group >= 0) & (group < G):
+            w_at = w_ptr + (group.to(tl.int64) * D + n)[:, None] * F
             for first in range(0, F, BLOCK_F):
                 f = first + tl.arange(0, BLOCK_F)
                 inside = (n < D)[:, None] & (f < F)[None, :]
@@ -80,22 +92,30 @@ def forward(
     weight_TK: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    plan: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    ids_TK: Tensor | None = None,
+    plan: Plan | None = None,
     few: Few,
 ) -> Tensor:
-    """(T, D): each token's sum of weight * down(silu(gate x) * up x); all contiguous."""
-    src_R, _, offsets_G1, row_TK = plan
-    (G, D, F), (T, K), R = down.shape, row_TK.shape, src_R.numel()
-    act_RF, out_TD = x_TD.new_empty(R, F), torch.empty_like(x_TD)
+    """(T, D): each token's sum of weight * down(silu(gate x) * up x); all contiguous.
+
+    Args:
+        ids_TK: integers, the group of each choice; what is no group adds nothing. Or `plan`.
+    """
+    (G, D, F), (T, K), planned = down.shape, weight_TK.shape, plan is not None
+    none = weight_TK
+    ids = none if ids_TK is None else ids_TK
+    src_R, _, offsets_G1, row_TK = plan or (none, none, none, none)
+    act_RF, out_TD = x_TD.new_empty(T * K, F), torch.empty_like(x_TD)
     pad = triton.next_power_of_2(G)
-    _up_kernel[(triton.cdiv(F, few.rows), R)](
-        x_TD, src_R, gate_up, offsets_G1, act_RF, G, F, D,
-        G_PAD=pad, ROWS=few.rows, BLOCK_D=min(few.span, triton.next_power_of_2(D)),
-        num_warps=few.warps,
+    _up_kernel[(triton.cdiv(F, few.rows), T * K)](
+        x_TD, ids, src_R, gate_up, offsets_G1, act_RF, G, F, D, K,
+        PLANNED=planned, G_PAD=pad, ROWS=few.rows,
+        BLOCK_D=min(few.span, triton.next_power_of_2(D)), num_warps=few.warps,
     )  # fmt: skip
     _down_kernel[(triton.cdiv(D, few.rows), T)](
-        act_RF, down, offsets_G1, row_TK, weight_TK, out_TD, G, F, D,
-        K=K, G_PAD=pad, ROWS=few.rows, BLOCK_F=min(few.span, triton.next_power_of_2(F)),
-        num_warps=few.warps,
+        act_RF, down, ids, offsets_G1, row_TK, weight_TK, out_TD, G, F, D,
+        PLANNED=planned, K=K, G_PAD=pad, ROWS=few.rows,
+        BLOCK_F=min(few.span, triton.next_power_of_2(F)), num_warps=few.warps,
     )  # fmt: skip
     return out_TD

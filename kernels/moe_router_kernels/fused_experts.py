@@ -26,7 +26,7 @@ def forward(
     problem = Problem.of(x_TD, gate_up, src_R)
     if problem.few and not keep:
         none = x_TD.new_empty(0, gate_up.size(1))
-        return few_rows.forward(x_TD, weight_TK, gate_up, down, plan, Few()), none
+        return few_rows.forward(x_TD, weight_TK, gate_up, down, plan=plan, few=Few()), none
     rows = grouped.cut(offsets_G1, src_R.numel(), problem.m)
     pre_RF, act_RF, _ = grouped.rows_times_groups(
         x_TD, gate_up, rows, src_R=src_R, epilogue="swiglu", keep=keep, tile=pick("up", problem)

@@ -31,9 +31,14 @@ class Tile:
 class Few:
     """Matrix rows and columns that a program of `few_rows` takes at a time, and its warps."""
 
-    rows: int = 4
+    rows: int = 8
     span: int = 1024
-    warps: int = 4
+    warps: int = 8
+
+
+def is_few(tokens: int, rows: int, groups: int) -> bool:
+    """Rows hardly share a group: its weights may be read for each of them."""
+    return tokens == 1 or 4 * rows <= groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class Problem:
             m = 64
         else:
             m = 128 if each > 96 else 64 if each > 24 else 16
-        few = x_TD.size(0) == 1 or 4 * R <= G
+        few = is_few(x_TD.size(0), R, G)
         return cls(R, G, gate_up.size(1) // 2, few, m, x_TD.dtype)
 
 

@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from moe_router_kernels import (
     combine,
-    expert_mlp,
+    expert_mlp_of_ids,
     gather,
     grouped_mm,
     plan_from_ids,
@@ -26,7 +26,6 @@ from moe_router_kernels import (
 from moe_router_kernels.choose import uses_triton
 
 NAME = "moe_router"
-Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class HFExperts(Protocol):
@@ -74,12 +73,10 @@ def experts_forward(
     device = hidden_states.device.type
     autocast = torch.is_autocast_enabled(device)
     x_TD = hidden_states.to(torch.get_autocast_dtype(device) if autocast else up.dtype)
-    plan = plan_from_ids(top_k_index.int(), self.num_experts)
-    weight_TK = top_k_weights.float()
     if _fuses(self, x_TD):
-        out_TD = expert_mlp(x_TD, weight_TK, up, self.down_proj, *plan)
+        out_TD = expert_mlp_of_ids(x_TD, top_k_weights, top_k_index, up, self.down_proj)
     else:
-        out_TD = _by_parts(self, x_TD, weight_TK, up, top_k_index, plan)
+        out_TD = _by_parts(self, x_TD, top_k_weights.float(), up, top_k_index)
     return out_TD.to(hidden_states.dtype)
 
 
@@ -115,9 +112,10 @@ def _has_norm(self: Any) -> bool:
 
 
 def _by_parts(
-    self: Any, x_TD: Tensor, weight_TK: Tensor, up: Tensor, top_k_index: Tensor, plan: Plan
+    self: Any, x_TD: Tensor, weight_TK: Tensor, up: Tensor, top_k_index: Tensor
 ) -> Tensor:
     """The same by a gather, two grouped products and a combine, with the module's own gate."""
+    plan = plan_from_ids(top_k_index.int(), self.num_experts)
     src_R, choice_R, offsets_G1, row_TK = plan
     bias, expert_R = (None, None), None
     if self.has_bias:

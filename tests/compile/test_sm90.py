@@ -137,16 +137,18 @@ def test_select(block, tmp_path):
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_rows_that_share_no_expert(aligned, tmp_path):
-    types = TYPES | {"act_ptr": "*bf16", "w_ptr": "*bf16", "F": "i32"}
-    pads = {"G_PAD": 128, "ROWS": 4}
+@pytest.mark.parametrize("planned", [True, False])
+def test_rows_that_share_no_expert(planned, aligned, tmp_path):
+    types = TYPES | {"act_ptr": "*bf16", "w_ptr": "*bf16", "F": "i32", "K": "i32"}
+    types["ids_ptr"] = "*i64"
+    pads = {"G_PAD": 128, "ROWS": tiles.Few().rows, "PLANNED": planned}
     wide = ["x_ptr", "w_ptr", "act_ptr", "F", "D"] if aligned else []
     for kernel, constants in (
         (few_rows._up_kernel, pads | {"BLOCK_D": 1024}),
         (few_rows._down_kernel, pads | {"BLOCK_F": 1024, "K": 8}),
     ):
         at = [name for name in wide if name in kernel.arg_names]
-        sass = machine_code(kernel, types, constants, tmp_path, at, num_warps=4)
+        sass = machine_code(kernel, types, constants, tmp_path, at, num_warps=tiles.Few().warps)
         assert spills(sass) == 0
         assert ("LDG.E.128" in sass) == aligned
 

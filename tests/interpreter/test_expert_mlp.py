@@ -14,7 +14,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 from moe_router_kernels import expert_op, fused_experts, grouped, plan_from_ids  # noqa: E402
-from moe_router_kernels.expert_op import expert_mlp  # noqa: E402
+from moe_router_kernels.expert_op import expert_mlp, expert_mlp_of_ids  # noqa: E402
 from moe_router_kernels.permute import combine_rows  # noqa: E402
 from moe_router_kernels.tiles import Few, Tile  # noqa: E402
 from tests.interpreter.poison import poisoned  # noqa: E402
@@ -118,24 +118,44 @@ def test_without_gradients_the_result_is_the_same_and_nothing_is_kept():
 @pytest.mark.parametrize("T, D, hidden, G, K", [(1, 40, 24, 3, 2), (2, 72, 40, 20, 2)])
 def test_few_rows_are_the_reference_and_see_no_others(T, D, hidden, G, K, kind, dtype, monkeypatch):
     monkeypatch.setattr(grouped, "rows_times_groups", None)  # matrices are no part of it
-    monkeypatch.setattr(fused_experts, "Few", partial(Few, span=16))
+    for module in (fused_experts, expert_op):
+        monkeypatch.setattr(module, "Few", partial(Few, span=16))
     leaves, plan, _ = tensors(T, D, hidden, G, K, kind, dtype)
     leaves = [leaf.detach() for leaf in leaves]
+    ids_TK, row_TK = ids_of(plan, G), plan[3]
     with poisoned():
         got = expert_mlp(*leaves, *plan)
-    assert got.dtype == dtype
+        by_ids = expert_mlp_of_ids(*leaves[:2], ids_TK, *leaves[2:])
+    assert got.dtype == dtype and torch.equal(by_ids, got)
     assert error(got, oracle([leaf.double() for leaf in leaves], plan)) < ERROR[dtype]
-    row_TK = plan[3]
     other = leaves[0].clone()
     other[1:] = torch.randn_like(other[1:])
     assert torch.equal(expert_mlp(other, *leaves[1:], *plan)[0], got[0])
     assert got[(row_TK < 0).all(1)].eq(0).all()
 
 
+def ids_of(plan, G):
+    """(T, K) int64 ids, of which what is none is past the last."""
+    _, _, offsets_G1, row_TK = plan
+    group_R = torch.searchsorted(offsets_G1[1:].long(), row_TK.long(), right=True)
+    return torch.where(row_TK < 0, G + 2, group_R)
+
+
+def test_by_ids_many_rows_and_gradients_go_by_a_plan():
+    leaves, plan, grad_TD = tensors(40, 32, 24, 5, 2, "holes", DTYPES[-1])
+    wanted = expert_mlp(*leaves, *plan)
+    got = expert_mlp_of_ids(*leaves[:2], ids_of(plan, 5), *leaves[2:])
+    assert torch.equal(got, wanted)
+    one, other = (torch.autograd.grad(out, leaves, grad_TD) for out in (got, wanted))
+    assert all(map(torch.equal, one, other))
+
+
 def test_the_operation_keeps_to_what_its_fake_says():
     leaves, plan, _ = tensors(12, 32, 16, 4, 2, "uniform", torch.float32)
     cast = [leaf.detach() for leaf in leaves[2:]]
     torch.library.opcheck(expert_op._expert_mlp, (*leaves, *cast, *plan, True))
+    x_TD, weight_TK, *cast = (leaf.detach() for leaf in leaves)
+    torch.library.opcheck(expert_op._few_experts, (x_TD, weight_TK, ids_of(plan, 4), *cast))
 
 
 @pytest.mark.parametrize(
