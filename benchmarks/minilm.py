@@ -135,7 +135,7 @@ def teach(full: Full, model: Any, seed: int) -> None:
         got = embed(model, full.tokenizer, [texts[i] for i in drawn])
         loss = 1 - (got * full.taught_ND[drawn]).sum(-1).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     model.eval()
 

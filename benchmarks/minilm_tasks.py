@@ -60,7 +60,7 @@ def probe(fitted_ND: Tensor, fitted: Labelled, tested_ND: Tensor, tested: Labell
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = F.cross_entropy(fitted_ND @ weight.T, labels_N) + 1e-4 * weight.square().sum()
-        torch.autograd.backward(value)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(value)
         return value
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]

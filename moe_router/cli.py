@@ -143,7 +143,10 @@ def import_folder(
         base = load_config("quickstart", [*(set_ or ()), f"run.name={name}"])
         from moe_router.commands import import_model
 
-        typer.echo(f"{import_model(folder, base)}: serve it, or train with --set train.init_from")
+        step, left_out = import_model(folder, base)
+        typer.echo(f"{step}: serve it, or train with --set train.init_from")
+        if left_out:
+            typer.echo(f"left out: the embeddings of {left_out} ids beyond those of its tokenizer")
 
 
 @app.command()

@@ -112,14 +112,15 @@ def export(step_dir: Path, folder: Path) -> str:
     return "Mixtral" if config.model.moe else "Llama"
 
 
-def import_model(folder: Path, base: Config) -> Path:
+def import_model(folder: Path, base: Config) -> tuple[Path, int]:
     """Make a run of a Llama or Mixtral of transformers: what it is comes from its folder.
 
     Args:
         base: everything else, the run's name with it.
 
     Returns:
-        The checkpoint, which can be served, evaluated, and begun with.
+        The checkpoint, which can be served, evaluated, and begun with; and how many ids of theirs
+        the tokenizer does not have, whose embeddings are left out.
 
     Raises:
         MoeRouterError: another kind of model, a damaged one, or a run that is there already.
@@ -142,4 +143,4 @@ def import_model(folder: Path, base: Config) -> Path:
     layout.read_hf(folder, found, weights)
     run.mkdir(parents=True)
     CheckpointWriter(0, 1, config).save(run, 0, weights, wait=True)
-    return run / "step_0"
+    return run / "step_0", vocab - tokenizer.vocab

@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_router.config import ModelConfig, MoEConfig, require
-from moe_router.errors import CheckpointError, ConfigError
+from moe_router.errors import ConfigError
+from moe_router.integrations.layout_files import EMBEDDINGS, HEAD, WEIGHTS, copy_into, files_of
 from moe_router.models import CausalLM
 
-CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-TOKENIZER = "tokenizer.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
 
 def names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each of our tensors by its global name, and theirs whose rows it stacks."""
-    yield "embed.weight", ("model.embed_tokens.weight",)
+    yield "embed.weight", (EMBEDDINGS,)
     for i in range(config.layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         yield f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)
@@ -48,7 +47,7 @@ def names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield f"{ours}.moe.experts.{e}.down", (f"{expert}.w2.weight",)
     yield "norm.weight", ("model.norm.weight",)
     if not config.tie_embeddings:
-        yield "head.weight", ("lm_head.weight",)
+        yield "head.weight", (HEAD,)
 
 
 def to_hf(config: ModelConfig, vocab: int, end: int | None) -> dict[str, Any]:
@@ -178,14 +177,14 @@ def read_hf(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> No
     sources = dict(names(config))
     if saved.moe is None and config.moe is not None:
         sources = _upcycled(config, saved)
-    files = _files(folder)
+    files = files_of(folder)
     for ours, tensor in weights.items():
         theirs = sources.get(ours)
         if theirs is None:
             continue  # a router that they do not have
         parts = tensor.chunk(len(theirs))
         for name, part in zip(theirs, parts, strict=True):
-            _copy(folder, files, name, part)
+            copy_into(folder, files, name, part)
 
 
 def _upcycled(config: ModelConfig, saved: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -202,37 +201,6 @@ def _upcycled(config: ModelConfig, saved: ModelConfig) -> dict[str, tuple[str, .
     return out
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it."""
-    index, path = folder / INDEX, folder / WEIGHTS
-    try:
-        if index.is_file():
-            table = json.loads(index.read_text("utf-8"))["weight_map"]
-            return {name: folder / Path(file).name for name, file in table.items()}
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), path)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: {error}; want {WEIGHTS} or {INDEX}") from None
-
-
-def _copy(folder: Path, files: dict[str, Path], name: str, into: Tensor) -> None:
-    if name not in files:
-        raise CheckpointError(f"{folder}: no tensor {name}, which this model has; take its config")
-    try:
-        with safe_open(files[name], framework="pt") as file:
-            found = file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{files[name]}: {error}") from None
-    rows = into.size(0)
-    if found.shape != into.shape and name == "model.embed_tokens.weight":
-        found = found[:rows]  # theirs is padded
-    if found.shape != into.shape:
-        raise CheckpointError(
-            f"{files[name]}: {name} is {list(found.shape)}, want {list(into.shape)}"
-        )
-    into.copy_(found)
-
-
 def _require_alike(config: ModelConfig) -> None:
     """Raises ConfigError: no layout of theirs computes this."""
     moe = config.moe
@@ -240,6 +208,7 @@ def _require_alike(config: ModelConfig) -> None:
         ("kind", config.kind, "causal_lm"),
         ("loops", config.loops, 1),
         ("routing", config.routing and config.routing.kind, None),
+        ("attention", config.attention and config.attention.kind, None),
         *(
             (f"moe.{key}", getattr(moe, key), wanted)
             for key, wanted in (

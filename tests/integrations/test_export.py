@@ -55,6 +55,29 @@ def test_a_run_goes_to_transformers_and_comes_back(run, tmp_path, monkeypatch):
     assert call("generate", "back", "--max-new-tokens", 3)[0] == 0
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_import_says_which_embeddings_it_leaves_out(tied, tmp_path, monkeypatch):
+    """Theirs are often padded; ours has a row for each id of the tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained("padded")
+    code, said = call("import", "padded", "--name", "cut")
+    model, _, tokenizer = load_for_inference(tmp_path / "runs" / "cut" / "step_0")
+    left_out = 300 - tokenizer.vocab
+    assert code == 0 and left_out > 0
+    assert f"left out: the embeddings of {left_out} ids beyond those of its tokenizer" in said
+    ids, offsets_B1 = torch.arange(6), torch.tensor([0, 6], dtype=torch.int32)
+    with torch.no_grad():
+        ours = model(ids, ids.int(), offsets_B1).logits_TV
+        wanted = theirs(ids[None]).logits[0, :, : tokenizer.vocab]
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
 def changed(config, **train):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
 
@@ -87,6 +110,32 @@ def test_a_training_begins_with_a_folder_of_transformers(run, tmp_path):
     trainer = Trainer(changed(config, init_from=str(tmp_path / "out")))
     for name, tensor in named_weights(load_for_inference(step)[0]).items():
         assert torch.equal(named_weights(trainer.model)[name], tensor), name
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["ours", "theirs"])
+def test_weights_of_a_model_that_computes_otherwise_are_refused(run, tmp_path, folder):
+    """The shapes of all tensors are equal."""
+    config, step = run
+    source = step
+    if folder:
+        source = tmp_path / "out"
+        assert call("export", step, "--output", source)[0] == 0
+    moe = dataclasses.replace(config.model.moe, top_k=1, renormalise=True)
+    for changes, said in (
+        (
+            {"rope_theta": 500.0},
+            rf"model\.rope_theta=500\.0: train\.init_from={source} was made with",
+        ),
+        ({"norm_eps": 1e-3}, r"model\.norm_eps=0\.001"),
+        (
+            {"heads": config.model.heads * 2, "kv_heads": config.model.kv_heads * 2},
+            r"model\.heads=",
+        ),
+        ({"moe": moe}, r"model\.moe\.top_k=1: .* was made with 2; want the same"),
+    ):
+        other = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+        with pytest.raises(ConfigError, match=said):
+            Trainer(changed(other, init_from=str(source)))
 
 
 def test_what_cannot_be_begun_with_is_one_line(run, tmp_path):

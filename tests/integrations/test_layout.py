@@ -7,8 +7,9 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from moe_router.config import AttentionConfig  # noqa: E402
 from moe_router.errors import CheckpointError, ConfigError  # noqa: E402
-from moe_router.integrations import layout  # noqa: E402
+from moe_router.integrations import layout, layout_files  # noqa: E402
 from moe_router.models import CausalLM  # noqa: E402
 from moe_router.training.state import named_weights  # noqa: E402
 from tests.models.helpers import VOCAB, packed, small_model  # noqa: E402
@@ -57,7 +58,7 @@ def test_we_read_what_transformers_writes_with_equal_logits(kind, sharded, tmp_p
     config = getattr(transformers, f"{kind}Config")(**sizes, **more)
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="10KB" if sharded else "1GB")
-    assert (tmp_path / layout.INDEX).is_file() == sharded
+    assert (tmp_path / layout_files.INDEX).is_file() == sharded
     found, vocab = layout.from_hf(tmp_path)
     assert (vocab, found.rope_theta, found.norm_eps) == (30, 5000.0, 1e-6)
     ours = read(tmp_path, found, vocab).eval()
@@ -71,8 +72,8 @@ def test_we_read_what_transformers_writes_with_equal_logits(kind, sharded, tmp_p
 def test_a_rank_reads_the_experts_that_it_holds_alone(tmp_path, monkeypatch):
     model = written(tmp_path / "out", {})
     asked = []
-    copy = layout._copy
-    monkeypatch.setattr(layout, "_copy", lambda *a: asked.append(a[2]) or copy(*a))
+    copy = layout.copy_into
+    monkeypatch.setattr(layout, "copy_into", lambda *a: asked.append(a[2]) or copy(*a))
     mine = {
         name: torch.zeros_like(tensor)
         for name, tensor in named_weights(model).items()
@@ -102,6 +103,7 @@ def test_a_dense_checkpoint_is_upcycled_into_experts(tmp_path):
         ({"score": "sigmoid"}, {}, "model.moe.score=sigmoid: want softmax: transformers' has no"),
         ({"shared_hidden": 4}, {}, "model.moe.shared_hidden=4: want 0"),
         ({"every": 2}, {}, "model.moe.every=2: want 1"),
+        (None, {"attention": AttentionConfig(kind="routed")}, "model.attention=routed: want None"),
     ],
 )
 def test_what_transformers_does_not_compute_is_not_written(moe, model, message, tmp_path):
@@ -128,10 +130,10 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path):
         with pytest.raises(ConfigError, match=message):
             layout.from_hf(folder)
     (folder / layout.CONFIG).write_text(json.dumps(about))
-    (folder / layout.WEIGHTS).write_bytes(b"no safetensors")
+    (folder / layout_files.WEIGHTS).write_bytes(b"no safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read(folder, model.config)
-    (folder / layout.INDEX).write_text('{"weight_map": 3}')
+    (folder / layout_files.INDEX).write_text('{"weight_map": 3}')
     with pytest.raises(CheckpointError, match=r"want model\.safetensors or"):
         read(folder, model.config)
     with pytest.raises(ConfigError, match="want the folder of a transformers model"):
