@@ -56,6 +56,18 @@ def table(rows: list[Row]) -> str:
                 f"- {row['name']}: time grows with n to the power {row['value']} from {a} to {b} "
                 f"tokens (goal: at most {row['goal']})"
             )
+        if row["name"].startswith("decode/"):
+            parts.append(
+                f"- {row['name']}: {row['value']} us a token, dense attention to the same pages "
+                f"{row['peer_value']} us"
+            )
+    recalls = [row for row in rows if row["name"].startswith("recall/")]
+    if recalls:
+        parts += ["", head(("recall", "accuracy, mean", "std", "seeds"))]
+        parts += [
+            line((row["name"].split("/", 1)[1], row["mean"], row["std"], str(row["seeds"])[1:-1]))
+            for row in recalls
+        ]
     return "\n".join(parts)
 
 
