@@ -23,7 +23,7 @@ def _turned(x_ptr, at, cos, sin, C: tl.constexpr):  # type: ignore[no-untyped-de
     return x * cos + other * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])  # the table grows: no compiling anew for its width
 def _store_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr, row_ptr, slot_ptr,
     q_out_ptr, k_out_ptr, H, J, stride_table, stride_values,
@@ -49,7 +49,7 @@ def _store_kernel(  # type: ignore[no-untyped-def]
         tl.store(pages_ptr + stride_values + to, tl.load(v_ptr + at + channel))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def _attend_kernel(  # type: ignore[no-untyped-def]
     q_ptr, pages_ptr, table_ptr, row_ptr, seen_ptr, out_ptr,
     sum_ptr,  # (T, H, SPLITS, C) fp32, and best and total (T, H, SPLITS), if SPLITS > 1

@@ -12,6 +12,7 @@ takes them (`fixed.py`). Not covered: tokens that halt, routed attention, and ex
 ranks or in blocks routed in depth, whose sizes are values.
 """
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ def obstacle(model: CausalLM) -> str:
         if not runs_expert_mlp(moe.experts.kernels, gate_up.new_empty(0, moe.dim), gate_up):
             return f"experts in {gate_up.dtype} without our kernels wait for the host"
     return ""
+
+
+def bucket_of(sequences: int, *, graphs: bool) -> int:
+    """Cells of a step: a power of two where each size is a graph, else no more than are needed."""
+    return 1 << (sequences - 1).bit_length() if graphs else sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,7 @@ class Steps:
         """
         B = self._live = len(tokens)
         draws = Draws.of(samplings, self._device)
-        self._key = ((1 << (B - 1).bit_length()), draws.drawn, draws.ranked)
+        self._key = (bucket_of(B, graphs=self._on_gpu), draws.drawn, draws.ranked)
         self._fit()
         self.left = STRETCH
         self._token_B[:B] = upload(torch.tensor(tokens), self._device)
@@ -224,5 +230,7 @@ class Steps:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
             self._run()
+        # what has been compiled stays: a full collection over it would stop steps for 0.4 s
+        gc.freeze()
         _log.info("a step of %d sequences is a CUDA graph", self.bucket)
         return graph

@@ -32,6 +32,7 @@ class Limits:
 @dataclass(slots=True)
 class _Rank:
     running: dict[int, Request] = field(default_factory=dict)
+    made: dict[int, list[int]] = field(default_factory=dict)  # tokens, by running request
     drop: list[int] = field(default_factory=list)
     reserved: int = 0  # cache slots
     unread: int = 0  # prompt tokens, if all passes read as many as they may
@@ -126,13 +127,13 @@ class Scheduler:
         """Remember a token, for a rank that begins anew."""
         for rank in self._ranks:
             if request_id in rank.running:
-                request = rank.running[request_id]
-                rank.running[request_id] = replace(request, made=(*request.made, token))
+                rank.made.setdefault(request_id, []).append(token)
 
     def ended(self, request_id: int) -> None:
         """The rank has let it go."""
         for rank in self._ranks:
             request = rank.running.pop(request_id, None)
+            rank.made.pop(request_id, None)
             if request is not None:
                 rank.reserved -= request.cost
 
@@ -149,7 +150,11 @@ class Scheduler:
 
     def restart(self) -> None:
         """The ranks hold nothing any more: what was running goes to the front of the queue."""
-        lost = [request for rank in self._ranks for request in rank.running.values()]
+        lost = [
+            replace(request, made=(*request.made, *rank.made.get(request.id, ())))
+            for rank in self._ranks
+            for request in rank.running.values()
+        ]
         self._ranks = [_Rank() for _ in self._ranks]
         self._calls.extendleft(deque([r]) for r in sorted(lost, key=lambda r: -r.id))
         self._waiting += len(lost)

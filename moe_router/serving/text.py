@@ -7,7 +7,7 @@ from moe_router.training.data import Tokenizer
 _TORN = "\ufffd"  # what a decoder makes of bytes that are no character, or not one yet
 _PENDING = 3  # a character has at most 4 bytes, so at most so many wait for the last one
 _CONTEXT = 8  # tokens: some decoders treat the first token of a text as no other
-_WINDOW = 64  # tokens that are decoded anew for each one
+_WINDOW = 16  # tokens that are decoded anew for each one
 
 
 class TextStream:
