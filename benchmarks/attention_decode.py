@@ -19,6 +19,22 @@ def decode_name(tokens: int) -> str:
     return f"decode/top{TOP_K}/T{tokens}"
 
 
+def by_definition(
+    q: torch.Tensor, pages: torch.Tensor, table: torch.Tensor, target: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """(KV heads, query heads of each, channels), fp32: attention to the keys of chosen blocks."""
+    kv_heads, channels = pages.size(2), pages.size(4)
+    seen = torch.tensor([tokens], device=q.device)
+    k, v = (x[0].float() for x in reference_pages.read(pages, table, seen))
+    key = (target[..., None] * PAGE + torch.arange(PAGE, device=q.device)).flatten(1)
+    last = (tokens - 1) % PAGE + 1 + (TOP_K - 1) * PAGE
+    key = key[:, :last, None].expand(-1, -1, channels)
+    keys, values = k.gather(1, key), v.gather(1, key)
+    score = q.float().view(kv_heads, -1, channels) @ keys.transpose(1, 2)
+    wanted: torch.Tensor = (score * channels**-0.5).softmax(-1) @ values
+    return wanted
+
+
 def measure_decode(
     tokens: int, heads: int, kv_heads: int, channels: int, device: torch.device
 ) -> dict[str, Any]:
@@ -43,13 +59,7 @@ def measure_decode(
     def dense() -> torch.Tensor:
         return attend_pages(q, pages, table, row, slot + 1)
 
-    k, v = (x[0].float() for x in reference_pages.read(pages, table, slot + 1))
-    key = (target[0].long()[..., None] * PAGE + torch.arange(PAGE, device=device)).flatten(1)
-    key = key.clamp(max=tokens - 1)[..., None].expand(-1, -1, channels)
-    keys, values = k.gather(1, key), v.gather(1, key)
-    last = (tokens - 1) % PAGE + 1 + (TOP_K - 1) * PAGE
-    score = q.float().view(kv_heads, -1, channels) @ keys[:, :last].transpose(1, 2)
-    wanted = (score * channels**-0.5).softmax(-1) @ values[:, :last]
+    wanted = by_definition(q, pages, table, target[0].long(), tokens)
     error = relative(ours().view(wanted.shape), wanted)
     if not error < BOUND[dtype]:
         raise WrongResult(f"error {error:.3g}")

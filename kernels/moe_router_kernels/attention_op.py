@@ -137,16 +137,30 @@ def attend_blocks(
             f"attend_blocks: keys {said(k_TJd)}, values {said(v_TJd)}: want ({T}, {J}, {d}) for "
             f"queries {said(q_THd)} and a choice for {J} KV heads"
         )
-    uncovered = ""
-    if d not in (16, 32, 64, 128, 256) or block not in (16, 32, 64, 128):
-        uncovered = f"heads of {d} channels, blocks of {block}: no powers of two up to 256 and 128"
-    if q_THd.dtype == torch.float64:
-        uncovered = "fp64"
     if kernels == "reference":
         return plain(q_THd, k_TJd, v_TJd, first_N, last_N, target_NJK, gate_NJK, causal=causal)
-    if not uses_triton("attention", kernels, q_THd.device, uncovered):
+    if not uses_triton("attention", kernels, q_THd.device, _uncovered(q_THd, block)):
         chosen = (first_N, last_N, target_NJK, block, gate_NJK)
         return gathered(q_THd, k_TJd, v_TJd, *chosen, causal=causal)
+    qkv, choices = (q_THd, k_TJd, v_TJd), (target_NJK, gate_NJK, count_NJ2)
+    return _by_triton(*qkv, first_N, last_N, *choices, block, causal, kernels, tiles)
+
+
+def _by_triton(
+    q_THd: Tensor,
+    k_TJd: Tensor,
+    v_TJd: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    target_NJK: Tensor,
+    gate_NJK: Tensor | None,
+    count_NJ2: Tensor | None,
+    block: int,
+    causal: bool,
+    kernels: str,
+    tiles: str,
+) -> Tensor:
+    """Put the choices in order, where nobody has; by key too, where somebody will go back."""
     if count_NJ2 is None:
         easy_NJK = unmasked(first_N, last_N, target_NJK, block, causal)
         target_NJK, count_NJ2, order_NJK = by_mask(target_NJK, easy_NJK)
@@ -160,6 +174,13 @@ def attend_blocks(
     lists = (first_N, last_N, target_NJK, count_NJ2, *groups)
     out: Tensor = _attend(*leaves, *lists, block, causal, tiles)[0]
     return out
+
+
+def _uncovered(q_THd: Tensor, block: int) -> str:
+    d = q_THd.size(2)
+    if d not in (16, 32, 64, 128, 256) or block not in (16, 32, 64, 128):
+        return f"heads of {d} channels, blocks of {block}: no powers of two up to 256 and 128"
+    return "fp64" if q_THd.dtype == torch.float64 else ""
 
 
 def unmasked(

@@ -27,16 +27,15 @@ def attend_blocks(
     (T, H, d), (N, J, K) = q_THd.shape, target_NJK.shape
     if not (N and J and K):
         return q_THd * 0
-    G, at = H // J, torch.arange(block, device=target_NJK.device)
+    at, head_J1 = (torch.arange(n, device=target_NJK.device) for n in (block, J))
+    G, head_J1, n = H // J, head_J1[:, None], target_NJK.clamp(min=0)
     token_NQ = first_N[:, None] + at
     live_NQ = token_NQ < last_N[:, None]
-    n = target_NJK.clamp(min=0)
     token_NJS = (first_N[n][..., None] + at).flatten(2)
     there_NJS = token_NJS < last_N[n].repeat_interleave(block, -1)
     there_NJS = there_NJS & (target_NJK >= 0).repeat_interleave(block, -1)
     token_NJS = token_NJS.clamp(max=T - 1)
     q_NJXd = q_THd[token_NQ.clamp(max=T - 1)].view(N, block, J, G, d).permute(0, 2, 3, 1, 4)
-    head_J1 = torch.arange(J, device=n.device)[:, None]
     k_NJSd, v_NJSd = (wide(x)[token_NJS, head_J1] for x in (k_TJd, v_TJd))
     seen_NJQS = there_NJS[:, :, None] & live_NQ[:, None, :, None]
     if causal:
@@ -48,5 +47,5 @@ def attend_blocks(
     if gate_NJK is not None:
         weight = weight * gate_NJK.repeat_interleave(block, -1)[:, :, None, None]
     y_NQHd = (weight @ v_NJSd[:, :, None]).permute(0, 3, 1, 2, 4).reshape(N * block, H, d)
-    out_THd: Tensor = y_NQHd[live_NQ.flatten()]
-    return out_THd.to(q_THd.dtype)
+    out_THd: Tensor = y_NQHd[live_NQ.flatten()].to(q_THd.dtype)
+    return out_THd
