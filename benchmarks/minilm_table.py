@@ -18,7 +18,8 @@ that of a sentence's embedding with the full model's, *correlation* that of the 
 pairs of sentences, *probe* the accuracy of a linear probe; on sentences that no router saw.
 *FLOPs* are executed ones over those of the dense layers. *Packed* is the same code without pruning:
 the gain over *transformers* that is not of pruning, but of leaving padding out. Sentences a second,
-in batches of 32, timed in turn. Of several seeds it is the mean ± the standard deviation.
+in batches of 32, the three timed in turn: they compare within a row, not between rows. Of several
+seeds it is the mean ± the standard deviation.
 
 `frozen` is a random router, `position` one that sees no content, `tuned` teaches all weights. A
 router has learned something if it is ahead of its controls by more than one pooled standard
