@@ -74,6 +74,8 @@ class FaultyShard(ExpertShard):
         told = self._order
         if told is None or self._ready().step < told["step"] or self._mark().exists():
             return
+        if self._copier is not None:
+            self._copier.wait()  # a replica on its way arrives: the run must come back with it
         self._mark().write_text(str(time.time()))
         os.kill(os.getpid(), told["signal"])
 

@@ -154,13 +154,16 @@ def measure(fault: Fault, folder: Path, ranks: int, clean: Learned) -> Row:
     row: Row = {"name": fault.name, "unit": "s", "ranks": ranks}
     if struck is None:  # nobody waits for it: there is nothing to recover from
         return row | {"value": 0.0, "correct": same and facts["recoveries"] == 0}
+    from_step = facts["recovery_log"][-1]["from_step"]
+    if fault.replicate_every:  # the replica, not the checkpoint before it
+        same = same and from_step > CHECKPOINT_EVERY
     total = ended[-1] - struck
     resume = sum(each["seconds"] for each in facts["recovery_log"])
     return row | {
         "value": round(total, 2),
         "detect_s": round(total - resume, 2),
         "resume_s": round(resume, 2),
-        "from_step": facts["recovery_log"][-1]["from_step"],
+        "from_step": from_step,
         "recoveries": facts["recoveries"],
         "correct": same and facts["recoveries"] >= 1,
     }

@@ -122,6 +122,7 @@ class ExpertShard(Member):
     def keep_replicas(self, holders: list[Any]) -> None:
         """From the next `restore` on, `replicate` sends to these, one a rank."""
         self._replicas = ReplicaStore(holders, self._run_dir, self._rank)
+        self._replicas.clear()  # the process before this one may have been killed while sending
 
     def replicate(self) -> None:
         """Send this step to memory elsewhere while training goes on. A lost holder costs nothing

@@ -105,7 +105,7 @@ class ReplicaStore:
         try:
             yield self.bring(step, self._scratch)
         finally:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self.clear()
 
     def bring(self, step: str, run_dir: Path) -> Path:
         folder, number = run_dir / step.removeprefix(SCHEME), int(step.rsplit("_", 1)[-1])
@@ -134,7 +134,7 @@ class ReplicaStore:
             with file.open("rb") as data:
                 while chunk := data.read(_CHUNK):
                     self._get(mine.put.remote(step, file.name, chunk))
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self.clear()
 
     def publish(self, step: int, about: dict[str, Any]) -> None:
         files = {name: size for sizes in self._ask("sizes", step) for name, size in sizes.items()}
@@ -144,6 +144,10 @@ class ReplicaStore:
         """`begin` makes room."""
 
     def discard(self, step: int) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what is left in this node's memory, of a process that was killed too."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _ask(self, method: str, *args: Any) -> list[Any]:

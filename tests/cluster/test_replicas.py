@@ -10,7 +10,8 @@ from rich.console import Console
 
 from moe_router.config import ClusterConfig
 from moe_router_cluster import session
-from moe_router_cluster.replicas import ReplicaHolder, newest
+from moe_router_cluster.expert_shard import ExpertShard
+from moe_router_cluster.replicas import ReplicaHolder, ReplicaStore, newest
 from moe_router_cluster.shard_group import ShardGroup
 from moe_router_cluster.train import train
 from tests.cluster.weights import tensors
@@ -41,6 +42,15 @@ def test_the_newest_is_by_number_and_the_first_of_equals():
     assert newest("/runs/a/step_10", "replica://step_10") == "/runs/a/step_10"
     assert newest("s3://b/step_5", None) == "s3://b/step_5"
     assert newest(None, None) is None
+
+
+def test_what_a_killed_process_left_in_memory_goes_when_its_successor_comes(tmp_path, tiny):
+    left = ReplicaStore([], tmp_path / "run", 0).partial(3)
+    left.mkdir(parents=True)
+    (left / "rank_0.safetensors").write_bytes(b"half")
+    shard = ExpertShard(tiny(), str(tmp_path / "run"), "cpu", str(tmp_path))
+    shard.keep_replicas([])
+    assert not left.parent.exists()
 
 
 @pytest.fixture(scope="module", autouse=True)
