@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from moe_router.config import ModelConfig, MoEConfig
+from moe_router.dispatch.base import Dispatcher
 from moe_router.models import CausalLM, init_parameters
 from moe_router.placement import Placement
 
 
 class Rank:
     """As much of a dispatcher as building a model takes."""
+
+    place = Dispatcher.place
 
     def __init__(self, rank, ranks):
         self.rank, self.ranks = rank, ranks
