@@ -155,8 +155,7 @@ def measure(fault: Fault, folder: Path, ranks: int, clean: Learned) -> Row:
     if struck is None:  # nobody waits for it: there is nothing to recover from
         return row | {"value": 0.0, "correct": same and facts["recoveries"] == 0}
     from_step = facts["recovery_log"][-1]["from_step"]
-    if fault.replicate_every:  # the replica, not the checkpoint before it
-        same = same and from_step > CHECKPOINT_EVERY
+    same = same and (not fault.replicate_every or from_step > CHECKPOINT_EVERY)  # the replica
     total = ended[-1] - struck
     resume = sum(each["seconds"] for each in facts["recovery_log"])
     return row | {
@@ -240,11 +239,9 @@ def main() -> None:
 
 
 def _line(row: Row) -> str:
-    parts = (
-        f"detected {row['detect_s']:.2f}, resumed {row['resume_s']:.2f}"
-        if "detect_s" in row
-        else ""
-    )
+    parts = ""
+    if "detect_s" in row:
+        parts = f"detected {row['detect_s']:.2f}, resumed {row['resume_s']:.2f}"
     verdict = "equal" if row["correct"] else "WRONG"
     return f"{row['name']:<44} {row['value']:>7.2f} s  {parts:<34} {verdict}"
 

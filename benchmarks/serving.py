@@ -13,8 +13,7 @@ Before it is timed, the engine's tokens are held against the model that reads pr
 once, without cache or steps. In bf16 experts and near-equal logits are tied differently there; each
 token must lie within half a standard deviation of its logits of the likeliest one, below which a
 token drawn blindly lies by four. The ceiling counts the bytes that a step must read: weights that
-are hit, if choices are even, keys and values. Without a GPU the same runs at `--shapes tiny` in
-fp32.
+are hit, if choices are even, keys and values. Without a GPU it runs at `--shapes tiny` in fp32.
 """
 
 import argparse

@@ -176,8 +176,7 @@ def cost(
         if as_json:
             sums = ("parameters", "active", "bytes", "flops", "dense_flops", "flops_per_step")
             shares = ("router_parameter_share", "router_flop_share")
-            more = {name: getattr(total, name) for name in (*sums, *shares)}
-            _print_json(asdict(total) | more)
+            _print_json(asdict(total) | {n: getattr(total, n) for n in (*sums, *shares)})
             return
         console = Console()
         console.print(cost_table(total, config))
@@ -200,9 +199,7 @@ def tokenizer(
         typer.echo(f"{output}: {made:,} ids; train with --set data.tokenizer={output}")
 
 
-Links = Annotated[
-    bool, typer.Option("--links", help="Measure how tokens travel between two ranks here instead.")
-]
+Links = Annotated[bool, typer.Option("--links", help="time tokens between two ranks here instead")]
 
 
 @app.command()

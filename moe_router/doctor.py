@@ -26,6 +26,7 @@ PACKAGES = {
     "protobuf": "7.35",
     "fastapi": "0.165",
     "uvicorn": "0.54",
+    "jinja2": "3.1",
     "pyyaml": "6",
     "typer": "0.29",
     "rich": "15",

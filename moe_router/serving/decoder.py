@@ -2,8 +2,8 @@
 
 New prompts are read in one pass with the next tokens of the running sequences, a part of them if
 they are long. While there are none, fixed steps decode (`models/steps.py`): on a GPU each is
-launched before the tokens of the last one are read, which hides the host's work. What they do not
-cover, depth routing, several ranks, traces and log-probabilities, is a pass a token.
+launched before the tokens of the last one are read. What they do not cover (`Steps`' `obstacle`,
+traces, log-probabilities) is a pass a token.
 """
 
 import logging
@@ -237,10 +237,9 @@ class Decoder:
         return Event(row.request.id, told, finish, trace, scores)
 
     def _keep(self, going: Sequence[int]) -> None:
-        if len(going) == len(self._rows):
-            return
-        self._rows = [self._rows[i] for i in going]
-        self._cache.keep(torch.tensor(going, dtype=torch.int64, device=self._device))
+        if len(going) < len(self._rows):
+            self._rows = [self._rows[i] for i in going]
+            self._cache.keep(torch.tensor(going, dtype=torch.int64, device=self._device))
 
 
 def _joined(first: Trace | None, then: Trace | None) -> Trace | None:
