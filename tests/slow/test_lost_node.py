@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -40,7 +41,11 @@ def test_a_lost_node_leaves_fewer_ranks_and_the_same_weights(cluster, tmp_path, 
         answers = gather(self, refs)
         if sent.count("run") == 3 and "killed" not in sent:
             sent.append("killed")
+            raylet = psutil.Process(last.all_processes["raylet"][0].process.pid)
+            workers = raylet.children(recursive=True)
             nodes.remove_node(last, allow_graceful=False)
+            # a run as short as this one may else be over before they notice
+            assert not psutil.wait_procs(workers, timeout=60)[1]
         return answers
 
     room = {"address": nodes.address, "cpus_per_actor": 1.0, "spare_s": 5.0, "timeout_s": 20.0}
