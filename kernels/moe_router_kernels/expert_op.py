@@ -156,7 +156,7 @@ def expert_mlp(
     """
     leaves = (x_TD, weight_TK, gate_up, down)
     _check(*leaves, row_TK, offsets_G1)
-    keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    keep = _learns(*leaves)
     # cast outside of the operation, so that forward and backward share the copies, and a gradient
     # is written in the dtype of its weight at once
     cast = (w.detach().to(x_TD.dtype) for w in (gate_up, down))
@@ -189,15 +189,19 @@ def expert_mlp_of_ids(
         weight_TK: of any float dtype.
         ids_TK: (T, K) integers; an id that is no group adds nothing.
     """
-    leaves, G = (x_TD, weight_TK, gate_up, down), gate_up.size(0)
-    learns = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    leaves, G, R = (x_TD, weight_TK, gate_up, down), gate_up.size(0), ids_TK.numel()
     alike = x_TD.dtype == gate_up.dtype == down.dtype
-    if is_few(x_TD.size(0), ids_TK.numel(), G) and alike and not learns and ids_TK.numel():
+    if R and is_few(x_TD.size(0), R, G) and alike and not _learns(*leaves):
         _check(*leaves, ids_TK)
         out: Tensor = _few_experts(x_TD, weight_TK, ids_TK, gate_up, down)
         return out
     plan = plan_from_ids(ids_TK.int(), G)
     return expert_mlp(x_TD, weight_TK.float(), gate_up, down, *plan)
+
+
+def _learns(*leaves: Tensor) -> bool:
+    """Whether a backward pass may come."""
+    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
 
 
 def _check(
