@@ -38,10 +38,11 @@ class Placement:
         Raises:
             ConfigError: an expert would find no slot, or a rank hold one twice.
         """
-        if not experts <= ranks * slots or slots > experts:
+        fewest = -(-experts // ranks)
+        if not fewest <= slots <= experts:
             raise ConfigError(
-                f"{slots} slots on each of {ranks} ranks: want {-(-experts // ranks)} to {experts}, "
-                f"for {experts} experts"
+                f"{slots} slots on each of {ranks} ranks: want {fewest} to {experts}, for "
+                f"{experts} experts"
             )
         firsts = [rank * slots for rank in range(ranks)]
         return cls(tuple(tuple((a + i) % experts for i in range(slots)) for a in firsts))
