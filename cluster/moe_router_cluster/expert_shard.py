@@ -7,7 +7,7 @@ that other processes can call. It is a plain class, so it is tested without Ray.
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -17,6 +17,7 @@ from moe_router.observability.event_log import EventLog, Fact
 from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.serving.decoder import Decoder
 from moe_router.serving.requests import Event, Work
+from moe_router.training.calibrate import Shifts
 from moe_router.training.checkpoint import CheckpointWriter
 from moe_router.training.checkpoint_files import read_about
 from moe_router.training.checkpoint_store import Store, open_store
@@ -29,6 +30,7 @@ from moe_router_cluster.journal import LOGS
 from moe_router_cluster.member import Member
 from moe_router_cluster.replicas import SCHEME, ReplicaStore
 
+Part = TypeVar("Part")
 _ray: Any = ray  # half of its functions have no types
 
 
@@ -53,6 +55,7 @@ class ExpertShard(Member):
         self._replicas: ReplicaStore | None = None
         self._copier: CheckpointWriter | None = None  # of replicas
         self._decoder: Decoder | None = None
+        self._shifts: Shifts | None = None
         self._facts: dict[str, Any] = {}
 
     def leave(self) -> None:
@@ -161,19 +164,34 @@ class ExpertShard(Member):
         step = int(read_about(folder)["step"])
         model, config, tokenizer = load_for_inference(folder, self._device, ranks=self._ranks)
         self._decoder = Decoder(model, tokenizer.document_id)
+        self._shifts = Shifts(model, config)
         self._facts = facts(model, config.run.name, epoch=1, step=step)
         return step
 
     def decode(self, work: Work) -> list[Event]:
         """One pass; see `Decoder.step`."""
-        if self._decoder is None:
-            raise ClusterError(f"rank {self._rank}: nothing to serve yet; call load first")
+        decoder = self._serving(self._decoder)
         with self._peers_may_be_lost():
-            return self._decoder.step(work)
+            return decoder.step(work)
+
+    def prepare_shifts(self, budget: float) -> None:
+        """See `Shifts.prepare`."""
+        self._serving(self._shifts).prepare(budget)
+
+    def find_shift(self, budget: float) -> float:
+        """See `Shifts.find`."""
+        shifts = self._serving(self._shifts)
+        with self._peers_may_be_lost():
+            return shifts.find(budget)
 
     def routers(self) -> dict[str, Any]:
         """What a gating service publishes of the served model; see `facts`."""
         return self._facts
+
+    def _serving(self, part: Part | None) -> Part:
+        if part is None:
+            raise ClusterError(f"rank {self._rank}: nothing to serve yet; call load first")
+        return part
 
     def _store_of(self, step: str) -> Store:
         if self._replicas is not None and step.startswith(SCHEME):

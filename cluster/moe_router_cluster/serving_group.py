@@ -48,6 +48,12 @@ class ServingGroup:
         """
         await asyncio.to_thread(self._recover, lost)
 
+    async def shift_of(self, budget: float) -> float:
+        """See `Group.shift_of`. What one rank alone may lack is asked before all wait together."""
+        await asyncio.to_thread(self._group.ask, "prepare_shifts", budget)
+        found: list[float] = await asyncio.to_thread(self._group.ask, "find_shift", budget)
+        return found[0]
+
     async def kill(self, rank: int) -> None:
         """SIGKILL a rank, to see what happens. Raises ConfigError: there is none of that number."""
         require(0 <= rank < self.ranks, "rank", rank, f"0..{self.ranks - 1}")

@@ -82,7 +82,8 @@ class Halt(Shifted):
             The next state, and which of the rows go on.
         """
         config = self.config
-        logit_R = self.router(rows.x_TD, rows.position_T) + (config.start - self.lean)
+        logit_R = self.router(rows.x_TD, rows.position_T) + config.start
+        logit_R = logit_R - self.lean_of(rows, context)
         if context.ledger is not None:
             context.ledger.add("router", flops_of(self, logit_R.numel()), 0)
         p_T = _weigh(logit_R.sigmoid()[:, None], state.plan)[:, 0]

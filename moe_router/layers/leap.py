@@ -45,7 +45,7 @@ class Leap(Shifted):
             Choice of one group, the token's sequence, and the rows of the kept tokens.
         """
         recomputing = context.recomputing
-        p_T = self._keeps(tokens)
+        p_T = self._keeps(tokens, context)
         kept = context.recall("kept", lambda: keep_where(p_T > self.config.cut, tokens.offsets_B1))
         gate_T1 = (p_T + (1 - p_T).detach())[:, None].masked_fill(kept.target_T1 < 0, 0.0)
         if context.ledger is not None and not recomputing:
@@ -53,13 +53,13 @@ class Leap(Shifted):
         # the memory of a recomputed block holds decisions alone, no gradient
         return Choice(kept.target_T1, gate_T1), replace(kept, expected=p_T.sum())
 
-    def decide(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def decide(self, tokens: Tokens, context: Context) -> tuple[Tensor, Tensor]:
         """In evaluation: (T,) bool, who is computed; (T,) by how much it counts."""
-        p_T = self._keeps(tokens)
+        p_T = self._keeps(tokens, context)
         return p_T > self.config.cut, torch.ones_like(p_T)
 
-    def _keeps(self, tokens: Tokens) -> Tensor:
+    def _keeps(self, tokens: Tokens, context: Context) -> Tensor:
         """(T,) probability that a token is computed; 1 for the protected."""
         logit_T = self.router(tokens.x_TD, tokens.position_T) + self.config.start
-        kept_T: Tensor = (self.lean - logit_T).sigmoid()
+        kept_T: Tensor = (self.lean_of(tokens, context) - logit_T).sigmoid()
         return kept_T.masked_fill(tokens.position_T < self.config.protect, 1.0)

@@ -55,7 +55,7 @@ class Skip(Shifted):
             if self.training:
                 keep = self.config.eased(self.config.keep, context.step)
                 return keep_best(logit_T, tokens.offsets_B1, lengths, keep)
-            return keep_where(ahead_T > -self.lean, tokens.offsets_B1)
+            return keep_where(ahead_T > -self.lean_of(tokens, context), tokens.offsets_B1)
 
         kept = context.recall("kept", keep)
         weight_T1 = logit_T.sigmoid()[:, None].masked_fill(kept.target_T1 < 0, 0.0)
@@ -67,10 +67,10 @@ class Skip(Shifted):
             context.ledger.add("router", flops_of(self, len(x_TD)), 0)
         return Choice(kept.target_T1, weight_T1, losses), kept
 
-    def decide(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def decide(self, tokens: Tokens, context: Context) -> tuple[Tensor, Tensor]:
         """In evaluation: (T,) bool, who is computed; (T,) by how much it counts."""
         logit_T, ahead_T = self._logits(tokens)
-        return ahead_T > -self.lean, logit_T.sigmoid()
+        return ahead_T > -self.lean_of(tokens, context), logit_T.sigmoid()
 
     def _logits(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """(T,) of the router, and of the predictor."""

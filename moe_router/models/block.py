@@ -125,7 +125,7 @@ class Block(nn.Module):
             return out._replace(attended=attended.executed)
         asked = Tokens(x_TD if asked_TD is None else asked_TD, position_T, packing.offsets_B1)
         if packing.fixed:
-            return self._in_place(stream, *chooser.decide(asked), cache, context)
+            return self._in_place(stream, *chooser.decide(asked, context), cache, context)
         choice, kept = chooser.choose(asked, packing.lengths, context)
         rows = stream.take(kept)
         attended = self._attend(rows, cache, context)

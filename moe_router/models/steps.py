@@ -29,6 +29,7 @@ from moe_router.models.kv_cache import KVCache
 from moe_router.models.packing import Packing
 from moe_router.models.sampling import Draws, Sampling, sample
 from moe_router.models.transfer import Download, upload
+from moe_router.routing.context import PLAIN, Context
 from moe_router_kernels import paged_op, runs_expert_mlp
 
 STRETCH = 128  # steps that are prepared at once
@@ -81,10 +82,10 @@ class Steps:
         self._model, self._cache = model, cache
         self._device = model.embed.weight.device
         self._on_gpu = self._device.type == "cuda"
-        self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self._packings: dict[int, Packing] = {}
         self._live = 0
-        self._key = (0, False, False)
+        self._key = (0, False, False, False)
         self.left, self.uncaptured = 0, ""
         self._place(_ROWS, _COLUMNS)
         self._storage = (0, 0)  # address and number of the pages that graphs know
@@ -102,6 +103,7 @@ class Steps:
         samplings: Sequence[Sampling],
         noise: Sequence[Tensor],
         held: Sequence[int],
+        shifts: Sequence[float] = (),
     ) -> None:
         """Prepare STRETCH steps of the sequences of the cache, each of which holds all but the
         last of its tokens.
@@ -110,10 +112,12 @@ class Steps:
             tokens: the last of each sequence.
             noise: fp32, on the host, a number for each token to draw; fewer than STRETCH will do.
             held: tokens of each sequence before its last one.
+            shifts: of the routers in depth, for each sequence; empty: as they are.
         """
         B = self._live = len(tokens)
         draws = Draws.of(samplings, self._device)
-        self._key = (bucket_of(B, graphs=self._on_gpu), draws.drawn, draws.ranked)
+        bucket, shifted = bucket_of(B, graphs=self._on_gpu), any(shifts)
+        self._key = (bucket, draws.drawn, draws.ranked, shifted)
         self._fit()
         self.left = STRETCH
         self._token_B[:B] = upload(torch.tensor(tokens), self._device)
@@ -125,6 +129,8 @@ class Steps:
             for row, noise_N in zip(noise_BK, noise, strict=True):
                 row[: len(noise_N)] = noise_N[:STRETCH]
             self._noise_BK[:B] = upload(noise_BK, self._device)
+        if shifted:
+            self._shift_B.zero_()[:B] = upload(torch.tensor(shifts), self._device)
         for ours, theirs in (
             (self._draws.temperature_B1, draws.temperature_B1),
             (self._draws.top_k_B1, draws.top_k_B1),
@@ -167,6 +173,7 @@ class Steps:
         self._row_B = torch.arange(rows, dtype=torch.int32, device=self._device)
         self._token_B, self._column = ints(rows).long(), ints(1).long()
         self._noise_BK = torch.zeros(rows, STRETCH, device=self._device)
+        self._shift_B = torch.zeros(rows, device=self._device)
         self._draws = Draws(
             torch.zeros(rows, 1, device=self._device), ints(rows, 1).long(),
             torch.zeros(rows, 1, device=self._device), False, False,
@@ -190,14 +197,14 @@ class Steps:
     def end(self) -> None:
         """Give the cache back, of sequences of which every token was read. Waits for the device:
         how many of them each layer holds is a value."""
-        self.left, self._key = 0, (0, False, False)
+        self.left, self._key = 0, (0, False, False, False)
         held_LB = self._length_LB[:, : self._live].tolist()
         for layer, lengths in zip(self._cache.layers, held_LB, strict=True):
             layer.grow(lengths)
 
     def _run(self) -> None:
         """What is captured."""
-        n, drawn, ranked = self._key
+        n, drawn, ranked, shifted = self._key
         token_B, position_B = self._token_B[:n], self._position_B[:n]
         length_LB, kept_LB = self._length_LB[:, :n], self._kept_LB[:, :n]
         pages, row_B = self._cache.pool.kv_2NJSC, self._row_B[:n]
@@ -207,7 +214,9 @@ class Steps:
         ]
         if n not in self._packings:
             self._packings[n] = Packing(torch.arange(n + 1), self._device, fixed=True)
-        out = self._model(token_B, position_B, self._packings[n], cache=_Cache(layers))
+        context = Context(shift_B=self._shift_B[:n]) if shifted else PLAIN
+        here = (token_B, position_B, self._packings[n])
+        out = self._model(*here, cache=_Cache(layers), context=context)
         uniform_B = self._noise_BK[:n].index_select(1, self._column)[:, 0]
         ours = self._draws
         draws = Draws(ours.temperature_B1[:n], ours.top_k_B1[:n], ours.top_p_B1[:n], drawn, ranked)

@@ -45,6 +45,8 @@ class Context:
     memory: set under activation checkpointing.
     step: optimizer steps before this one, for what changes in the course of training; None: it is
         over.
+    shift_B: fp32, added to the logits of routers in depth, in evaluation: what each sequence may
+        compute, see `training.calibrate`; None: nothing.
     """
 
     key: NoiseKey = field(default_factory=NoiseKey)
@@ -52,6 +54,7 @@ class Context:
     observe: Observe | None = None
     memory: PlanMemory | None = None
     step: int | None = None
+    shift_B: Tensor | None = None
 
     def held(self, name: str) -> Any:
         """What `recall` returned under `name` when this pass ran first; None in that run."""

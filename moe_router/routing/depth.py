@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_router.config import RoutingConfig
+from moe_router.routing.context import Context
 from moe_router.routing.plan import plan_from_ids
 from moe_router.routing.score import LinearScore, make_score
-from moe_router.types import Choice, Plan
+from moe_router.types import Choice, Plan, Tokens
 from moe_router_kernels import combine, kept_op, reference, select_top_c
 
 FINEST = 10**6  # of the shares that are kept, one part: times a length it fits int64
@@ -92,6 +93,13 @@ class Shifted(nn.Module):
     @property
     def lean(self) -> float:
         return 0.0 if self.training else self.shift
+
+    def lean_of(self, tokens: Tokens, context: Context) -> Tensor | float:
+        """`lean`, and what each token's own sequence asks for."""
+        if self.training or context.shift_B is None:
+            return self.lean
+        sequence_T = reference.sequence_of(tokens.offsets_B1, tokens.position_T.numel())
+        return self.lean + context.shift_B[sequence_T]
 
     def stays_soft(self, step: int | None) -> bool:
         """Whether nobody leaves: in the first training steps, or since somebody asks.

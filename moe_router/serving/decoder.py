@@ -9,7 +9,7 @@ traces, log-probabilities) is a pass a token.
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -17,51 +17,16 @@ from torch import Tensor
 
 from moe_router.models import CausalLM, KVCache
 from moe_router.models.generate import require_causal
-from moe_router.models.sampling import Draws, sample, sampling_noise
+from moe_router.models.sampling import Draws, sample
 from moe_router.models.steps import Steps, obstacle
 from moe_router.models.transfer import Download
-from moe_router.serving.requests import Event, Finish, Request, Score, Trace, Work
+from moe_router.routing.context import PLAIN, Context
+from moe_router.serving.requests import Event, Finish, Trace, Work
+from moe_router.serving.row import Row
 from moe_router.serving.scoring import score, score_prompt
 from moe_router.serving.tracing import Tracer
 
-_HOST = torch.device("cpu")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Row:
-    """One sequence of the batch.
-
-    Attributes:
-        noise_N: fp32, a number for each token that may be made.
-        feed: tokens that are not in the cache yet; the last of them says what comes next.
-        held: tokens in the cache.
-        made: tokens of the answer so far.
-        done: its last event was given, or nobody waits for it.
-        scores, trace: to be told with the next token.
-    """
-
-    request: Request
-    noise_N: Tensor
-    feed: list[int]
-    held: int
-    made: int
-    done: bool = False
-    scores: list[Score] = field(default_factory=list)
-    trace: Trace | None = None
-
-    @classmethod
-    def of(cls, request: Request) -> "_Row":
-        noise_N = sampling_noise([request.prompt], request.sampling, _HOST)[0]
-        made = len(request.made)
-        return cls(request, noise_N, [*request.prompt, *request.made], 0, made)
-
-    @property
-    def plain(self) -> bool:
-        """Whether its prompt is read, and it wants its next token and nothing else."""
-        asked = self.request
-        watched = asked.trace or asked.logprobs is not None or asked.reads_only
-        return self.held > 0 and len(self.feed) == 1 and not watched
 
 
 class Decoder:
@@ -78,7 +43,7 @@ class Decoder:
         require_causal(model)
         self._model, self._stop_id = model.eval(), stop_id
         self._device = model.embed.weight.device
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._cache = KVCache(model.config.steps, 0)
         why = obstacle(model)
         if why:
@@ -108,7 +73,7 @@ class Decoder:
         if steps is None or not steps.bucket:
             self._keep([i for i, row in enumerate(self._rows) if not row.done])
         if work.admit:
-            self._rows += [_Row.of(request) for request in work.admit]
+            self._rows += [Row.of(request) for request in work.admit]
             self._cache.join(len(work.admit))
         if steps is None or not self._rows or not all(row.plain for row in self._rows):
             return events + self._pass(work.read)
@@ -120,7 +85,8 @@ class Decoder:
         if not steps.bucket:
             ways = [row.request.sampling for row in rows]
             noise = [row.noise_N[row.made :] for row in rows]
-            steps.begin([row.feed[0] for row in rows], ways, noise, [row.held for row in rows])
+            held, shifts = [row.held for row in rows], [row.request.shift for row in rows]
+            steps.begin([row.feed[0] for row in rows], ways, noise, held, shifts)
         flying = len(self._flying)
         if any(not r.done and r.made + flying < r.request.sampling.max_new_tokens for r in rows):
             self._flying.append(steps.launch())
@@ -194,12 +160,19 @@ class Decoder:
             torch.tensor(position, dtype=torch.int32).to(self._device),
             offsets_B1,
             cache=self._cache,
-            context=None if tracer is None else tracer.context,
+            context=self._context(tracer),
             asked_R=asked_R,
         ).logits_TV
         return logits
 
-    def _choose(self, rows: Sequence[_Row], logits_BV: Tensor) -> list[int]:
+    def _context(self, tracer: Tracer | None) -> Context:
+        context = PLAIN if tracer is None else tracer.context
+        shifts = [row.request.shift for row in self._rows]
+        if not any(shifts):
+            return context
+        return replace(context, shift_B=torch.tensor(shifts).to(self._device))
+
+    def _choose(self, rows: Sequence[Row], logits_BV: Tensor) -> list[int]:
         """The next token of each sequence, each by its own sampling."""
         if not rows:
             return []
@@ -208,7 +181,7 @@ class Decoder:
         tokens: list[int] = sample(logits_BV, uniform_B.to(self._device), draws).tolist()
         return tokens
 
-    def _score(self, row: _Row, token: int | None, logits_NV: Tensor) -> None:
+    def _score(self, row: Row, token: int | None, logits_NV: Tensor) -> None:
         """Remember the scores of the prompt, if it is echoed, and of the token that was drawn, if
         it is text."""
         asked = row.request
@@ -218,7 +191,7 @@ class Decoder:
         if token is not None and not asked.reads_only and token != self._stop_id:
             row.scores += score(logits_NV[-1:], [token], asked.logprobs)
 
-    def _advance(self, row: _Row, token: int) -> Event:
+    def _advance(self, row: Row, token: int) -> Event:
         """Its feed is in the cache, and this is what comes next."""
         row.held += len(row.feed)
         row.feed = [token]

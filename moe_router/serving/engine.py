@@ -5,20 +5,19 @@ START HERE for serving: docs/life-of-a-request.md follows a request through this
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
 
-from moe_router.config import ServeConfig, require
+from moe_router.config import ServeConfig
 from moe_router.errors import ClusterError, MoeRouterError, WorkerLostError
-from moe_router.models import Sampling
-from moe_router.models.generate import check_prompts
+from moe_router.serving.asking import requests_of
+from moe_router.serving.budgets import Budgets
 from moe_router.serving.chat import Chat
 from moe_router.serving.group import Group
 from moe_router.serving.meters import Meters
-from moe_router.serving.requests import Ask, Event, Health, Piece, Request, Work
+from moe_router.serving.requests import Ask, Event, Health, Piece, Work
 from moe_router.serving.scheduler import Limits, Scheduler
 from moe_router.serving.waiting import Waiting
 from moe_router.training.data import Tokenizer
@@ -56,6 +55,7 @@ class Engine:
         self._failed = ""  # why there is no hope
         self._loop: asyncio.Task[None] | None = None
         self._meters = Meters()
+        self._budgets = Budgets()
         self._chat: Chat | None = None  # once somebody has asked for it
 
     async def __aenter__(self) -> "Engine":
@@ -74,6 +74,7 @@ class Engine:
 
         Raises:
             ConfigError: the request cannot be met as it is.
+            DataError: a compute budget takes training data, which is not here.
             QueueFullError: too many wait.
             ClusterError: the ranks are gone for good.
         """
@@ -83,7 +84,10 @@ class Engine:
             self._chat = self._chat or Chat.of(self._tokenizer)
             prompt = self._chat.encode(ask.messages)
             ask = replace(ask, prompts=(prompt,), messages=(), stop=(*ask.stop, *self._chat.stop))
-        requests = self._requests(ask)
+        shift = 0.0 if ask.compute_budget is None else await self._shift_of(ask.compute_budget)
+        made = (self._tokenizer, self._defaults, self._next_id)
+        requests = requests_of(ask, *made, shift)
+        self._next_id += len(requests)
         self._scheduler.add(requests)
         inbox: asyncio.Queue[Piece | MoeRouterError] = asyncio.Queue()
         for index, request in enumerate(requests):
@@ -152,41 +156,10 @@ class Engine:
                 self._lost = error
                 self._wake.set()
 
-    def _requests(self, ask: Ask) -> list[Request]:
-        require(bool(ask.prompts), "prompt", "nothing", "at least one prompt")
-        none = ask.max_tokens == 0
-        require(not none or ask.echo, "max_tokens", 0, "1 or more, or echo: true")
-        require(all(ask.stop), "stop", list(ask.stop), "texts that are not empty")
-        document = self._tokenizer.document_id
-        prompts = [
-            (document, *self._tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
-            for prompt in ask.prompts
-        ]
-        check_prompts(prompts, self._tokenizer.vocab)
-        first, self._next_id = self._next_id, self._next_id + len(prompts)
-        return [
-            Request(
-                first + i,
-                prompt,
-                self._sampling(ask),
-                trace=ask.trace,
-                logprobs=ask.logprobs,
-                echo=ask.echo,
-                reads_only=ask.max_tokens == 0,
-            )
-            for i, prompt in enumerate(prompts)
-        ]
-
-    def _sampling(self, ask: Ask) -> Sampling:
-        ours = self._defaults
-        return Sampling(
-            # 0 reads the prompt alone, and then nothing is drawn
-            max_new_tokens=ours.max_new_tokens if ask.max_tokens is None else ask.max_tokens or 1,
-            temperature=ours.temperature if ask.temperature is None else ask.temperature,
-            top_k=ours.top_k if ask.top_k is None else ask.top_k,
-            top_p=ours.top_p if ask.top_p is None else ask.top_p,
-            seed=secrets.randbits(31) if ask.seed is None else ask.seed,
-        )
+    async def _shift_of(self, budget: float) -> float:
+        shift = self._budgets.shift_of(budget)
+        self._wake.set()
+        return await asyncio.shield(shift)
 
     async def _run(self) -> None:
         while True:
@@ -194,6 +167,9 @@ class Engine:
             try:
                 if self._lost is not None:
                     raise self._lost
+                if self._budgets.wanted:
+                    await self._budgets.find(self._group)
+                    continue
                 if not self._scheduler.busy:
                     self._wake.clear()
                     continue
@@ -240,5 +216,6 @@ class Engine:
     def _fail(self, reason: str) -> None:
         """Nobody waits for what will never come."""
         self._failed = reason
+        self._budgets.fail(ClusterError(reason))
         for waiting in self._open.values():
             waiting.inbox.put_nowait(ClusterError(reason))

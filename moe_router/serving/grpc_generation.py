@@ -46,7 +46,7 @@ def ask_of(request: pb.GenerateRequest) -> Ask:
     kind = request.WhichOneof("prompt")
     require(kind is not None, "prompt", "nothing", "text or tokens")
     prompt = request.text if kind == "text" else tuple(request.tokens.ids)
-    optional = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    optional = ("max_tokens", "temperature", "top_k", "top_p", "seed", "compute_budget")
     given = {key: getattr(request, key) for key in optional if request.HasField(key)}
     return Ask(prompts=(prompt,), stop=tuple(request.stop), **given)
 

@@ -40,6 +40,8 @@ class Common(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None  # not OpenAI's; 0 is off
     seed: int | None = None
+    # not OpenAI's either: see `Ask.compute_budget`
+    compute_budget: Annotated[float, Field(ge=0, le=1)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -62,7 +64,7 @@ class Common(Strict):
         """Of an `Ask`."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         how = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return {**how, "seed": self.seed, "stop": stop}
+        return {**how, "seed": self.seed, "stop": stop, "compute_budget": self.compute_budget}
 
     @property
     def with_usage(self) -> bool:

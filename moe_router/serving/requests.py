@@ -26,6 +26,8 @@ class Ask:
             may be 0.
         messages: a conversation, role and content, in the place of prompts; the checkpoint's chat
             template makes one of it.
+        compute_budget: from the least that the model's routers in depth can compute (0) to the most
+            (1), in hundredths; None: as trained.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -39,6 +41,7 @@ class Ask:
     logprobs: int | None = None
     echo: bool = False
     messages: tuple[tuple[str, str], ...] = ()
+    compute_budget: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ class Request:
         trace, logprobs: as in `Ask`.
         echo: score the prompt too.
         reads_only: end after the prompt, without a token.
+        shift: of the routers in depth; what its compute budget comes to.
     """
 
     id: int
@@ -153,6 +157,7 @@ class Request:
     logprobs: int | None = None
     echo: bool = False
     reads_only: bool = False
+    shift: float = 0.0
 
     @property
     def cost(self) -> int:

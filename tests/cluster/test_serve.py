@@ -209,6 +209,12 @@ def test_a_wrong_request_has_a_status_of_its_own(server):
         assert body["error"]["message"].startswith("prompt 0 holds token 999: want 0..256")
 
 
+def test_a_model_without_a_compute_budget_says_so(server):
+    status, body = complete(server, compute_budget=0.5)
+    assert status == 400
+    assert body["error"]["message"].startswith("compute budget 0.5: want a model whose tokens skip")
+
+
 def test_grpc_generate_is_generate(server):
     request = pb.GenerateRequest(text="The ", max_tokens=12, temperature=0.9, seed=5)
     with channel_of(server) as channel:

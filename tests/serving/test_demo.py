@@ -1,12 +1,15 @@
 """The page: what it is served, and what a person sees of it in a real browser."""
 
 import json
+import re
 
 import pytest
 
 from moe_router.models import Sampling, generate
 from moe_router.routing import Context
+from moe_router.training.calibrate import Shifts
 from tests.serving.browser import CHROMIUM, browser
+from tests.serving.budget_work import routed_model
 from tests.serving.web import MODEL, call, served
 from tests.serving.work import TOKENIZER
 
@@ -98,6 +101,7 @@ def test_a_person_sees_the_text_grow_with_what_computed_it(tmp_path):
             "[...document.querySelectorAll('.token')].map(s => s.style.getPropertyValue('--hue'))"
         )
         assert len(set(hues)) > 1  # several experts
+        assert page.run("document.querySelector('#budget-row').hidden")
         choices = page.run("document.querySelector('.bar').title")
         assert choices.startswith("expert 0: ") and choices.endswith("shard 0")
         page.run("document.querySelector('#text').focus()")
@@ -109,6 +113,35 @@ def test_a_person_sees_the_text_grow_with_what_computed_it(tmp_path):
         page.until("document.querySelector('#about').textContent.startsWith('tiny')")
         assert page.run("document.documentElement.scrollWidth <= 380")  # nothing is cut off
         assert page.problems == []
+
+
+@needs_chromium
+def test_a_slider_asks_for_a_compute_budget(tmp_path):
+    model, config = routed_model("skip", moe=True)
+    server = served(page=True, model=model, shifts=Shifts(model, config))
+    with server as (port, _), browser() as page:
+        page.open(f"http://127.0.0.1:{port}/")
+        page.until("document.querySelector('#about').textContent.includes('skip blocks')")
+        shares = [executed_at(page, budget) for budget in (None, 0, 1)]
+        page.picture(tmp_path / "budget.png")
+        assert page.problems == []
+    trained, least, most = shares
+    assert least < trained < most and most >= 100
+
+
+def executed_at(page, budget):
+    """The share of the dense model's FLOPs that the page shows; None leaves the slider alone."""
+    assert not page.run("document.querySelector('#budget-row').hidden")
+    if budget is not None:
+        page.run(f"document.querySelector('#budget').value = {budget}")
+        page.run("document.querySelector('#budget').dispatchEvent(new Event('input'))")
+        assert page.run("document.querySelector('#budget-told').textContent") == str(budget)
+    page.run("document.querySelector('#tokens').value = 12")
+    page.run("document.querySelector('#go').click()")
+    page.until("!document.querySelector('#go').disabled && !!document.querySelector('.token')")
+    assert "tokens, " in page.run("document.querySelector('#speed').textContent")
+    told = page.run("document.querySelector('#saved').textContent")
+    return int(re.fullmatch(r"Executed (\d+)% of the dense model's matrix FLOPs\.", told)[1])
 
 
 @needs_chromium

@@ -76,6 +76,7 @@ def test_health_says_which_model():
         ({"tokens": pb.TokenIds()}, "prompt 0 is empty"),
         ({"text": "a", "temperature": float("nan")}, "temperature=nan: want 0 or more"),
         ({"text": "a", "stop": [""]}, "stop="),
+        ({"text": "a", "compute_budget": 1.5}, "compute budget 1.5: want 0, the least"),
     ],
 )
 def test_impossible_requests_are_invalid_arguments(asked, message):

@@ -25,9 +25,9 @@ STOP = TOKENIZER.document_id
 class Counting(OneRank):
     """Counts passes; `lost` breaks the next one."""
 
-    def __init__(self, model, tokenizer):
-        super().__init__(model, tokenizer.document_id)
-        self.passes, self.lost = 0, False
+    def __init__(self, model, tokenizer, shifts=None):
+        super().__init__(model, tokenizer.document_id, shifts)
+        self.passes, self.lost, self.served = 0, False, model
 
     async def step(self, work):
         self.passes += 1
@@ -40,9 +40,11 @@ class WatchedEngine(Engine):
     """The engine, as a page may look into it."""
 
     async def facts(self):
-        experts = tuple(block.moe.config.experts if block.moe else 0 for block in MODEL.blocks)
-        homes = tuple((0,) for _ in range(experts[0]))
-        return Facts(self.model, experts, homes, 1, "")
+        model = self._group.served
+        experts = tuple(block.moe.config.experts if block.moe else 0 for block in model.blocks)
+        homes = tuple((0,) for _ in range(max(experts)))
+        depth = model.config.routing
+        return Facts(self.model, experts, homes, 1, depth.kind if depth else "")
 
     async def kill(self, rank):
         require(rank == 0, "rank", rank, "0")
@@ -50,9 +52,11 @@ class WatchedEngine(Engine):
 
 
 @contextmanager
-def served(token=None, page=False, chaos=False, model=MODEL, tokenizer=TOKENIZER, **limits):
+def served(
+    token=None, page=False, chaos=False, model=MODEL, tokenizer=TOKENIZER, shifts=None, **limits
+):
     """The port of a server in a thread, and its group."""
-    group, ready, ports = Counting(model, tokenizer), threading.Event(), []
+    group, ready, ports = Counting(model, tokenizer, shifts), threading.Event(), []
 
     async def run():
         defaults = ServeConfig(max_new_tokens=6)

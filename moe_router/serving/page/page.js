@@ -14,7 +14,7 @@ async function begin() {
   if (!answer.ok) throw new Error(`the server says ${answer.status}`);
   facts = await answer.json();
   const experts = facts.experts.filter((n) => n > 0);
-  const routed = { "": "", skip: ", tokens skip blocks", halt: ", tokens halt early" }[facts.routing];
+  const routed = { "": "", skip: ", tokens skip blocks", halt: ", tokens halt early", leap: ", tokens leap over blocks" }[facts.routing];
   at("about").textContent =
     `${facts.model}: ${facts.experts.length} blocks` +
     (experts.length ? `, ${experts[0]} experts in ${experts.length} of them` : "") +
@@ -25,6 +25,7 @@ async function begin() {
   by.value = by.options.length > 1 ? by.options[1].value : "depth";
   by.addEventListener("change", () => tokens.forEach(paint));
   if (facts.chaos) offerChaos();
+  at("budget-row").hidden = !facts.routing;
   reset();
   const asked = new URLSearchParams(location.search).get("prompt");
   if (asked !== null) at("prompt").value = asked;
@@ -97,9 +98,11 @@ at("ask").addEventListener("submit", async (event) => {
   }
 });
 at("stop").addEventListener("click", () => running?.abort());
+at("budget").addEventListener("input", () => { at("budget-told").value = at("budget").value; });
 
 async function generate(prompt, signal) {
   const body = { prompt, max_tokens: Number(at("tokens").value), temperature: Number(at("temperature").value) };
+  if (at("budget-told").value !== "as trained") body.compute_budget = Number(at("budget").value);
   const answer = await fetch("demo/stream", { method: "POST", headers: json, body: JSON.stringify(body), signal });
   if (!answer.ok) throw new Error(await reason(answer));
   const first = add(prompt, "prompt"); // as one: its tokens have a path each
@@ -197,10 +200,7 @@ function blockRow(of, i) {
   name.textContent = `block ${i}`;
   row.append(name);
   if (!of.length) {
-    const note = document.createElement("span");
-    note.className = "note";
-    note.textContent = "dense";
-    row.append(note);
+    row.append("dense");
     return row;
   }
   const bars = document.createElement("div");
