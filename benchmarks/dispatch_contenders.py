@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_router.dispatch import PeerMemory
 from moe_router.dispatch.exchange import exchange
 from moe_router.dispatch.gather_scatter import all_gather, reduce_scatter
-from moe_router.dispatch.transports import ALL, make_transport, round_trip
+from moe_router.dispatch.transports import NAMES, make_transport, round_trip
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
 from moe_router.types import Choice
@@ -187,7 +187,7 @@ class Bare:
 
 Contender = Ours | Plain | Bare
 MAKERS: dict[str, Callable[[Case], Contender]] = {
-    **{name: lambda case, name=name: Ours(name, case) for name in ALL},  # type: ignore[misc]
+    **{name: lambda case, name=name: Ours(name, case) for name in NAMES},  # type: ignore[misc]
     "plain all-to-all": Plain,
     "bare all-gather / reduce-scatter": Bare,
 }

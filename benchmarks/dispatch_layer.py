@@ -10,8 +10,8 @@ from benchmarks.dispatch_ranks import Ranks
 from moe_router import MoE, MoEConfig
 from moe_router.dispatch import AllToAll, Bounded
 from moe_router.dispatch.base import Dispatcher
-from moe_router.dispatch.link import Link
-from moe_router.dispatch.transports import ALL, make_transport
+from moe_router.dispatch.cost_model import Link
+from moe_router.dispatch.transports import NAMES, make_transport
 
 # what a kernel of this name does; what is in no list is `other`: casts, sums, zeros, the loss
 PARTS = {
@@ -39,7 +39,7 @@ def measure_layer(
     took: dict[str, float] = {}
     parts: dict[str, dict[str, float]] = {}
     reasons: dict[str, str] = {}
-    for name in ("alone", *ALL):
+    for name in ("alone", *NAMES):
 
         def measured(name: str = name) -> tuple[float, dict[str, float]]:
             run = _step(name, shape, device, dtype)

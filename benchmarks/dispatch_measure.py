@@ -14,7 +14,8 @@ import torch.distributed as dist
 from benchmarks import timing
 from benchmarks.dispatch_contenders import MAKERS, Case, Contender, draw
 from benchmarks.dispatch_ranks import Ranks
-from moe_router.dispatch.link import Link, Problem, choose, measure
+from moe_router.dispatch.cost_model import Link, Problem
+from moe_router.dispatch.link import choose, measure
 
 ROUNDS, SAMPLES = 5, 20  # samples of a contender in each of the interleaved rounds
 GRAPH_TOKENS = 256  # up to so many, launches cost more than bytes: a CUDA graph is the value

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.results import Row
 from moe_router.dispatch.ranks import local_device
-from moe_router.dispatch.transports import ALL
+from moe_router.dispatch.transports import NAMES
 from moe_router.dispatch.where import slots_of_rank
 from moe_router.placement import Placement
 
@@ -33,9 +33,9 @@ def case_rows(shape: Shape, routing: str, said: dict[str, Any], ranks: int) -> l
     rows = []
     for way, (must, goal) in zip(("dispatch", "combine"), bounds, strict=True):
         of = {name: _summary(found, way) for name, found in said["contenders"].items()}
-        name = _fastest(of, [n for n in ALL if n in of])
+        name = _fastest(of, [n for n in NAMES if n in of])
         ours, found = of[name], said["contenders"][name]
-        others = {n: s["p50"] for n, s in of.items() if n not in ALL and s["p50"] is not None}
+        others = {n: s["p50"] for n, s in of.items() if n not in NAMES and s["p50"] is not None}
         best = _fastest(of, list(others)) if others else None
         value, remote = ours["p50"], said["remote_bytes"]
         row = {
@@ -89,7 +89,7 @@ def _over_minimum(name: str, shape: Shape, remote: int, ranks: int) -> float | N
 
 def layer_row(said: dict[str, Any], shape: Sequence[int], ranks: int) -> Row:
     took = {name: round(micros, 1) for name, micros in said["medians"].items()}
-    ours = [name for name in ALL if name in took]
+    ours = [name for name in NAMES if name in took]
     fastest = min(ours, key=took.__getitem__, default=None)
     share = round(took["alone"] / took[fastest], 3) if fastest and "alone" in took else None
     return {

@@ -25,7 +25,7 @@ from moe_router.config import Config
 from moe_router.config_file import config_from_dict, config_to_dict, load_config, override
 from moe_router.cost import cost, peak_flops
 from moe_router.dispatch.ranks import local_device, run_here
-from moe_router.dispatch.transports import ALL
+from moe_router.dispatch.transports import NAMES
 
 WARM_UP = 3  # steps that compile and allocate
 RUN_S = 180  # one that takes longer hangs
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/gpu.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--transports", default=",".join(reversed(ALL)), help="the first, first")
+    parser.add_argument("--transports", default=",".join(reversed(NAMES)), help="the first, first")
     parser.add_argument("--steps", type=int, default=10, help="that are timed")
     parser.add_argument("--seconds", type=float, default=600, help="nothing is begun after them")
     parser.add_argument("--save", action="store_true")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moe_router.cost import Cost
 from moe_router.cost_parts import Part
-from moe_router.dispatch.link import Link
+from moe_router.dispatch.cost_model import Link
 from moe_router.dispatch.probe import Probe
 from moe_router.doctor import Finding, Status
 from moe_router.observability.records import EvalRecord
@@ -113,7 +113,8 @@ def eval_table(record: EvalRecord, title: str) -> Table:
 
 
 def links_table(link: Link, probes: Sequence[Probe]) -> Table:
-    """One row per problem and transport; the chooser's is marked."""
+    """One row per problem and transport, with what the prediction missed by; the chooser's is
+    marked."""
     rates = ", ".join(f"{name} {short(rate, 'B/s')}" for name, rate in link.bytes_per_s.items())
     table = Table(
         title=f"{link.ranks} ranks on {link.device}: {rates}",
@@ -124,12 +125,13 @@ def links_table(link: Link, probes: Sequence[Probe]) -> Table:
         "the slowest rank counts; * is what cluster.transport: auto would take",
         caption_justify="left",
     )
-    for name in ("tokens", "transport", "predicted", "measured"):
+    for name in ("tokens", "transport", "predicted", "measured", "error"):
         table.add_column(name, justify="left" if name in ("tokens", "transport") else "right")
     for found in probes:
         for name, took in found.measured.items():
             mark = " *" if name == found.chosen else ""
-            times = (f"{seconds * 1e6:,.0f}" for seconds in (found.predicted[name], took))
-            table.add_row(str(found.problem), name + mark, *times)
+            predicted = found.predicted[name]
+            times = (f"{seconds * 1e6:,.0f}" for seconds in (predicted, took))
+            table.add_row(str(found.problem), name + mark, *times, f"{predicted / took - 1:+.0%}")
         table.add_section()
     return table

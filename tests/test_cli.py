@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from moe_router.cli import app
 from moe_router.config_file import config_to_dict, load_config
-from moe_router.dispatch.link import Link, Problem
+from moe_router.dispatch.cost_model import Link, Problem
 from moe_router.dispatch.probe import Probe
 from moe_router.observability.metrics import MetricsWriter
 from moe_router.tables import links_table
@@ -184,7 +184,7 @@ def test_doctor_measures_links_between_real_ranks(run):
     found = json.loads(run("doctor", "--links", "--json").stdout)
     assert found["link"]["ranks"] == 2 and len(found["probes"]) == 3
     for probe in found["probes"]:
-        names = {"all_to_all", "padded", "gather_scatter"}
+        names = {"all_to_all", "padded", "gather_scatter", "peer_memory"}
         assert set(probe["predicted"]) == set(probe["measured"]) == names
         assert all(seconds > 0 for seconds in probe["measured"].values())
         assert probe["predicted"][probe["chosen"]] == min(probe["predicted"].values())
@@ -199,9 +199,9 @@ def test_links_are_a_table_with_the_choice_marked():
     shown = console.file.getvalue()
     assert "2 ranks on cpu: all_to_all 300 MB/s" in shown
     rows = [line.split() for line in shown.splitlines() if "64x32" in line]
-    assert [row[-4:] for row in rows] == [
-        ["all_to_all", "*", "1,000", "2,000"],
-        ["bit", "padded", "2,500", "3,000"],
+    assert [row[-5:] for row in rows] == [
+        ["all_to_all", "*", "1,000", "2,000", "-50%"],
+        ["bit", "padded", "2,500", "3,000", "-17%"],
     ]
 
 

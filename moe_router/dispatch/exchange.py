@@ -141,7 +141,7 @@ class Collective:
     ) -> tuple[Tensor, Tensor, Tensor, Travel | None]:
         send, receive, group = way = (splits.send, splits.receive, self.group)
         packed_NP = exchange(rows.packed_RP, *way)
-        x_RD = torch.ops.moe_router.gather(x_TD, rows.src_R, rows.row_TW)
+        x_RD = gathered(x_TD, rows)
         x_ND, wait = start_exchange(x_RD, *way)
 
         def start_home(grad_ND: Tensor) -> tuple[Tensor, Wait]:
@@ -152,8 +152,7 @@ class Collective:
         return x_ND, bits_NK, packed_NP[:, bits:].contiguous(), Travel(wait, start_home)
 
     def out(self, x_TD: Tensor, rows: Rows, splits: Splits, told: Tensor) -> Tensor:
-        x_RD = torch.ops.moe_router.gather(x_TD, rows.src_R, rows.row_TW)
-        return exchange(x_RD, splits.send, splits.receive, self.group)
+        return exchange(gathered(x_TD, rows), splits.send, splits.receive, self.group)
 
     def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
         return [exchange(x, splits.receive, splits.send, self.group) for x in parts]
@@ -169,6 +168,11 @@ def unpack(packed: Tensor, dtype: torch.dtype, K: int) -> tuple[Tensor, Tensor]:
     bits, id_NK = torch.split(packed, [packed.size(1) - K, K], 1)
     # flat in between: a single row keeps the stride of `packed`, which no wider dtype can view
     return bits.flatten().view(dtype).view(-1, K), id_NK.contiguous()
+
+
+def gathered(x_TD: Tensor, rows: Rows) -> Tensor:
+    """(R, D): each row's token, zeros in an empty slot."""
+    return torch.ops.moe_router.gather(x_TD, rows.src_R, rows.row_TW)  # type: ignore[no-any-return]
 
 
 def sum_rows(y_RD: Tensor, rows: Rows) -> Tensor:

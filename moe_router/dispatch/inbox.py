@@ -129,15 +129,14 @@ class SharedInbox:
         self._tell(0)
         self._hear(0)
         x, src_R, also = message.x, message.src_R, message.also
-        rows = x if src_R is None else x[src_R.clamp(min=0)]
-        parts = [rows]
-        if also is not None:
-            parts += [also[:, : message.split], also[:, message.split :]]
+        parts = [] if also is None else [also[:, : message.split], also[:, message.split :]]
         starts = [0, *itertools.accumulate(message.send)]
-        for part, offset in zip(parts, message.offsets, strict=False):
-            for peer, (first, last) in enumerate(itertools.pairwise(starts)):
+        for peer, (first, last) in enumerate(itertools.pairwise(starts)):
+            rows = x[first:last] if src_R is None else self._filled(x, src_R[first:last])
+            own = (part[first:last] for part in parts)
+            for part, offset in zip((rows, *own), message.offsets, strict=False):
                 begin = offset + message.at[peer] * part.size(1) * part.element_size()
-                self._part(peer, begin, last - first, part).copy_(part[first:last])
+                self._part(peer, begin, len(part), part).copy_(part)
 
     def meet(self, told: Tensor) -> None:
         self._tell(1)
@@ -146,6 +145,11 @@ class SharedInbox:
 
     def view(self, rows: int, columns: int, dtype: torch.dtype, offset: int) -> Tensor:
         return self._part(self._rank, offset, rows, torch.empty(0, columns, dtype=dtype))
+
+    @staticmethod
+    def _filled(x: Tensor, src_R: Tensor) -> Tensor:
+        """Rows fill a rank's slots from the first on; an empty slot keeps what it has."""
+        return x[src_R[: int((src_R >= 0).sum())]]
 
     def _tell(self, half: int) -> None:
         for flags in self._flags:

@@ -82,12 +82,12 @@ class PeerMover:
         sizes = [-(-most * n * dtype.itemsize // _ALIGN) * _ALIGN for n, dtype in kinds]
         first, second, third, end = accumulate(sizes, initial=0)
         offsets = (first, second, third)
-        inbox = self._ready(end, x.device)
+        inbox = self.ready(end, x.device)
         inbox.put(Message(x, src_R, also, split, send, at, offsets), told)
         inbox.meet(told)
         return [inbox.view(rows, *kind, start) for kind, start in zip(kinds, offsets, strict=True)]
 
-    def _ready(self, nbytes: int, device: torch.device) -> Inbox:
+    def ready(self, nbytes: int, device: torch.device) -> Inbox:
         """An inbox of at least so many bytes. It grows on all ranks at once, for all know sizes."""
         if self.inbox is None or self.inbox.capacity < nbytes:
             if device.type == "cuda":

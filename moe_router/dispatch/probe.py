@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from moe_router.dispatch.link import Link, Problem, choose, measure, measure_transports, predict
+from moe_router.dispatch.cost_model import Link, Problem, predict
+from moe_router.dispatch.link import choose, measure, measure_transports
 from moe_router.dispatch.ranks import local_device, run_here
 
 _RANKS = 2
@@ -40,7 +41,7 @@ def _measured(device: torch.device) -> dict[str, Any]:
     probes = []
     for tokens, top_k, experts, dim, itemsize in _ON_GPUS if device.type == "cuda" else _ON_CPUS:
         problem = Problem(tokens, top_k, experts, _RANKS, dim, itemsize)
-        took = measure_transports(problem, device)
+        took = measure_transports(problem, device, names=link.fixed_s)
         found = Probe(problem, predict(link, problem), took, choose(link, problem))
         probes.append(asdict(found))
     return {"link": asdict(link), "probes": probes}

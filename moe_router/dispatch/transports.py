@@ -11,15 +11,14 @@ from moe_router.dispatch.peer_memory import PeerMemory
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
 
-NAMES = ("all_to_all", "padded", "gather_scatter")  # those the chooser may take
-ALL = (*NAMES, "peer_memory")
+NAMES = ("all_to_all", "padded", "gather_scatter", "peer_memory")
 
 
 def make_transport(
     name: str, tokens: int, factor: float, group: Group = None, timeout_s: float = 60.0
 ) -> Dispatcher:
     """Args:
-    name: one of ALL.
+    name: one of NAMES.
     tokens, factor: bounds of the static ones; see `Padded`.
     timeout_s: of `PeerMemory`.
     """
@@ -32,7 +31,7 @@ def make_transport(
             return GatherScatter(tokens, factor, group)
         case "peer_memory":
             return PeerMemory(tokens, factor, group, timeout_s=timeout_s)
-    raise ValueError(f"transport {name}: want one of {', '.join(ALL)}")
+    raise ValueError(f"transport {name}: want one of {', '.join(NAMES)}")
 
 
 def round_trip(

@@ -12,7 +12,8 @@ from torch import Tensor
 from moe_router.config import Config
 from moe_router.dispatch import AllToAll, Bounded, Dispatcher, Grid, Groups, Local
 from moe_router.dispatch.base import Group
-from moe_router.dispatch.link import RATES, Link, Problem, choose, measure
+from moe_router.dispatch.cost_model import RATES, Link, Problem
+from moe_router.dispatch.link import choose, measure
 from moe_router.dispatch.transports import NAMES, make_transport
 from moe_router.observability.files import write_atomic
 
@@ -106,10 +107,15 @@ def remembered_link(
 
 
 def _numbers(link: Link) -> list[float]:
-    return [*(link.bytes_per_s[n] for n in RATES), *(link.fixed_s[n] for n in NAMES)]
+    """0 for what this link cannot do."""
+    rates = [link.bytes_per_s.get(name, 0.0) for name in RATES]
+    return [*rates, *(link.fixed_s.get(name, 0.0) for name in NAMES)]
 
 
 def _link(ranks: int, device: torch.device, numbers: Tensor) -> Link:
     rates, fixed = numbers[: len(RATES)].tolist(), numbers[len(RATES) :].tolist()
-    pairs = (dict(zip(RATES, rates, strict=True)), dict(zip(NAMES, fixed, strict=True)))
-    return Link(ranks, device.type, *pairs)
+    return Link(ranks, device.type, _known(RATES, rates), _known(NAMES, fixed))
+
+
+def _known(names: tuple[str, ...], numbers: list[float]) -> dict[str, float]:
+    return {name: number for name, number in zip(names, numbers, strict=True) if number > 0}

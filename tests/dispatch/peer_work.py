@@ -98,7 +98,7 @@ def hurried(rank, ranks, turns, slow_rank):
     rank_TK = torch.arange(ranks, dtype=torch.int32).expand(3, -1)  # every token goes everywhere
     splits = Splits(send, [send[rank]] * ranks, torch.tensor(send), 0)
     mover, told = PeerMover(rank, None, 20.0), torch.zeros((), dtype=torch.int32)
-    ready, chance = mover._ready, random.Random(rank)
+    ready, chance = mover.ready, random.Random(rank)
 
     def dawdle(method):
         def slowly(*args):

@@ -1,25 +1,23 @@
-"""The link is measured the same on all ranks, and the chooser takes what it predicts to be best."""
+"""The link is measured the same on all ranks; what it predicts is compared with what then runs."""
 
 import logging
+import platform
+from unittest import mock
 
 import pytest
 import torch
 
-from moe_router.dispatch.link import RATES, Link, Problem, choose, measure, predict
+from moe_router.dispatch import link
+from moe_router.dispatch.cost_model import RATES, Link, Problem, predict
+from moe_router.dispatch.link import choose, measure, measure_transports, peer_mover
 from moe_router.dispatch.transports import NAMES
 from tests.gloo import run_ranks
 
-PROBLEM = Problem(tokens=4096, top_k=8, experts=256, ranks=2, dim=7168, itemsize=2)
-
-
-def link(fixed_s=(1e-4, 1e-5, 1e-5), **rates):
-    """300 GB/s for all, but what is given."""
-    bytes_per_s = dict.fromkeys(RATES, 3e11) | {"gather": 1e13, "plan": 1e13} | rates
-    return Link(2, "cuda", bytes_per_s, dict(zip(NAMES, fixed_s, strict=True)))
+CPU = torch.device("cpu")
 
 
 def measured(rank, ranks):
-    found = measure(torch.device("cpu"), times=1)
+    found = measure(CPU, times=1)
     return found.ranks, found.device, found.bytes_per_s, found.fixed_s
 
 
@@ -30,65 +28,71 @@ def test_all_ranks_measure_the_same_numbers():
     assert all(number > 0 for part in first[2:] for number in part.values())
 
 
-def test_predictions_are_bytes_over_rates_behind_a_fixed_cost():
-    free = {"gather": float("inf"), "plan": float("inf")}
-    took = predict(link(**free), PROBLEM)
-    row, ids = 7168 * 2, 8 * 8
-    # nearly every token has an expert on both ranks, so exact rows are nearly all rows
-    assert took["padded"] == pytest.approx(1e-5 + 2 * 4096 * (2 * row + ids) / 3e11)
-    assert took["gather_scatter"] == pytest.approx(took["padded"])
-    sent = (
-        2
-        * 4096
-        * (
-            1
-            - 128
-            / 256
-            * 127
-            / 255
-            * 126
-            / 254
-            * 125
-            / 253
-            * 124
-            / 252
-            * 123
-            / 251
-            * 122
-            / 250
-            * 121
-            / 249
-        )
-    )
-    assert took["all_to_all"] == pytest.approx(1e-4 + sent * (2 * row + ids) / 3e11)
+def compared(rank, ranks, turns):
+    """Predicted and measured seconds, the least of a few turns: other processes only add to it."""
+    problem = Problem(tokens=1024, top_k=4, experts=32, ranks=ranks, dim=512, itemsize=4)
+    found = [
+        (predict(measure(CPU, times=3), problem), measure_transports(problem, CPU, times=3))
+        for _ in range(turns)
+    ]
+    return [{name: min(turn[kind][name] for turn in found) for name in NAMES} for kind in (0, 1)]
+
+
+def assert_predicted(ranks, turns, within):
+    predicted, took = run_ranks(ranks, compared, turns)[0]
+    for name in NAMES:
+        assert 1 / within < predicted[name] / took[name] < within, (name, predicted, took)
+    return predicted, took
+
+
+def test_predictions_are_near_what_then_runs():
+    """A shared CPU is no stopwatch: within 3 times. What is counted is held by test_cost_model."""
+    assert_predicted(2, 3, 3)
+
+
+@pytest.mark.slow
+def test_predictions_follow_the_number_of_ranks():
+    """Sending everything to all costs more than the rows that must go, the more ranks there are."""
+    assert_predicted(4, 2, 4)
+    predicted, took = assert_predicted(8, 2, 4)
+    assert predicted["all_to_all"] < predicted["gather_scatter"]
+    assert took["all_to_all"] < took["gather_scatter"]
 
 
 @pytest.mark.parametrize(
     "fixed_s, rates, best",
     [
-        ((1e-4, 1e-5, 1e-5), {"all_gather": 4e11}, "gather_scatter"),
-        ((1e-4, 1e-5, 1e-5), {"reduce_scatter": 1e11}, "padded"),
-        ((0.0, 1e-3, 1e-3), {}, "all_to_all"),
+        ((1e-4, 1e-5, 1e-5, 1e-4), {"all_gather": 4e11}, "gather_scatter"),
+        ((1e-4, 1e-5, 1e-5, 1e-4), {"reduce_scatter": 1e11}, "padded"),
+        ((0.0, 1e-3, 1e-3, 1e-3), {}, "all_to_all"),
+        ((1e-4, 1e-5, 1e-5, 1e-5), {"put": 4e11}, "peer_memory"),
     ],
 )
 def test_the_best_prediction_is_taken_and_the_log_says_why(fixed_s, rates, best, caplog):
+    fast = dict.fromkeys(RATES, 3e11) | dict.fromkeys(("gather", "combine", "plan"), 1e14)
+    found = Link(2, "cuda", fast | rates, dict(zip(NAMES, fixed_s, strict=True)))
     with caplog.at_level(logging.INFO):
-        assert choose(link(fixed_s, **rates), PROBLEM) == best
+        assert choose(found, Problem(4096, 8, 256, 2, 7168, 2)) == best
     (said,) = caplog.messages
-    start = (
-        f"transport {best} for 4096x7168, top-8 of 256, 16 bit on 2 ranks; predicted: all_to_all "
-    )
-    assert said.startswith(start) and all(name in said for name in NAMES)
+    start = f"transport {best} for 4096x7168, top-8 of 256, 16 bit on 2 ranks, where a token has "
+    assert said.startswith(start + "1.99 rows; predicted: all_to_all ")
+    assert all(name in said for name in NAMES)
 
 
-def test_few_experts_a_token_make_host_splits_send_less():
-    few = Problem(tokens=4096, top_k=1, experts=8, ranks=4, dim=4096, itemsize=4)
-    took = predict(link((0.0, 0.0, 0.0)), few)
-    assert took["all_to_all"] < took["padded"] < took["gather_scatter"]
+def apart(rank, ranks, name, said):
+    """Whether ranks whose platform says so may write into each other's memory; what is logged."""
+    logged = []
+    with (
+        mock.patch.object(platform, name, lambda: said[rank]),
+        mock.patch.object(link._log, "info", lambda text, *about: logged.append(text % about)),
+    ):
+        return peer_mover(CPU) is not None, logged
 
 
-def test_many_ranks_do_not_sum_in_16_bit(caplog):
-    fast_sums = link(reduce_scatter=1e15, all_gather=1e15)
-    four = {"tokens": 64, "top_k": 8, "experts": 64, "ranks": 4, "dim": 64}
-    assert choose(fast_sums, Problem(**four, itemsize=4)) == "gather_scatter"
-    assert choose(fast_sums, Problem(**four, itemsize=2)) == "padded"
+def test_memory_out_of_reach_is_nobodys_to_write_into():
+    far = ["no peer_memory: the ranks are on several machines"]
+    assert run_ranks(2, apart, "node", ("one", "two")) == [(False, far)] * 2
+    assert run_ranks(2, apart, "node", ("one", "one")) == [(True, [])] * 2
+    for reached, (said,) in run_ranks(2, apart, "machine", ("arm64", "arm64")):
+        start = "no peer_memory: cluster.transport=peer_memory on a CPU of kind arm64: want one"
+        assert not reached and said.startswith(start)
