@@ -14,6 +14,7 @@ from moe_router.config_model import (
     RouterConfig,
     RouterKind,
 )
+from moe_router.config_rebalance import RebalanceConfig
 from moe_router.config_routing import RoutingConfig
 from moe_router.errors import ConfigError, require
 
@@ -26,6 +27,7 @@ __all__ = [
     "Kernels",
     "MoEConfig",
     "ModelConfig",
+    "RebalanceConfig",
     "RouterConfig",
     "RouterKind",
     "RoutingConfig",
@@ -177,6 +179,7 @@ class ClusterConfig:
     transport: Transport = "all_to_all"  # how tokens reach experts of other actors, in training
     expert_ranks: int | None = None  # actors that share one set of experts; null: all of them
     row_bound: float = 2.0  # rows of a static transport, as a multiple of the mean load
+    rebalance: RebalanceConfig | None = None  # experts move to even out the load; null: they stay
 
     def __post_init__(self) -> None:
         require(self.actors >= 1, "cluster.actors", self.actors, "at least 1")
@@ -188,6 +191,8 @@ class ClusterConfig:
         row, wanted = self.expert_ranks, f"null or a divisor of {self.actors} (cluster.actors)"
         fits = row is None or (row >= 1 and self.actors % row == 0)
         require(fits, "cluster.expert_ranks", row, wanted)
+        one_set = self.rebalance is None or row in (None, self.actors)
+        require(one_set, "cluster.expert_ranks", row, "null, for cluster.rebalance")
         require(self.row_bound >= 1, "cluster.row_bound", self.row_bound, "at least 1, the mean")
 
 
@@ -229,10 +234,10 @@ class Config:
             self.train.batch,
             f"train.accumulation * a multiple of {ranks} (cluster.actors)",
         )
-        if self.model.moe is not None:
-            require(
-                self.model.moe.experts >= ranks,
-                "cluster.actors",
-                ranks,
-                f"at most {self.model.moe.experts} (model.moe.experts)",
-            )
+        moe = self.model.moe
+        if moe is None:
+            unmoved = self.cluster.rebalance is None
+            require(unmoved, "cluster.rebalance", "a section", "null, for model.moe=null")
+        else:
+            most = f"at most {moe.experts} (model.moe.experts)"
+            require(moe.experts >= ranks, "cluster.actors", ranks, most)

@@ -9,9 +9,8 @@ memory.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from moe_router.config import Config
+from moe_router.config import Config, RebalanceConfig
 from moe_router.cost_parts import Part, parts_of, rows_of
-from moe_router.placement import Placement
 
 BYTE_VOCAB = 257
 _TRAINED = 4  # copies of a parameter while training: itself, its gradient, two moments
@@ -105,7 +104,8 @@ def _bytes_per_rank(parts: Iterable[Part], config: Config) -> int:
     ranks, moe, held = config.cluster.actors, config.model.moe, 1.0
     share = config.cluster.expert_ranks or ranks
     if moe is not None:
-        held = len(Placement.contiguous(moe.experts, share).experts_of_rank[0]) / moe.experts
+        rebalance = config.cluster.rebalance or RebalanceConfig()
+        held = rebalance.slots(moe.experts, share) / moe.experts
     dense = 1 / ranks if config.train.dense == "fsdp" else 1.0
     shares = (part.bytes * (held if part.name == "experts" else dense) for part in parts)
     return round(_TRAINED * sum(shares))

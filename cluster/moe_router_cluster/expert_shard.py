@@ -104,10 +104,18 @@ class ExpertShard(Member):
     def run(self, steps: int) -> list[StepRecord]:
         """Train `steps` optimizer steps. Records come from rank 0 alone: they are the same."""
         with self._peers_may_be_lost():
-            records = [self._ready().train_step() for _ in range(steps)]
+            records = [self._step() for _ in range(steps)]
         if self._reporter is not None:
             self._reporter.report(self._ready().own_load_LE)
         return records if self._rank == 0 else []
+
+    def _step(self) -> StepRecord:
+        trainer = self._ready()
+        record = trainer.train_step()
+        if (what := trainer.rebalanced) is not None and self._rank == 0:
+            event = "move of experts taken back" if what.rolled_back else "experts moved"
+            self._note(event, slots=what.moved, straggler_us=round(what.straggler_us))
+        return record
 
     def share(self, service: Any, epoch: int, step: int) -> None:
         """From now on, report to the gating service under `epoch`; rank 0 publishes it.
@@ -136,7 +144,8 @@ class ExpertShard(Member):
         trainer = self._ready()
         with self._peers_may_be_lost():
             try:
-                copier.save(self._run_dir, trainer.step, trainer.state(), wait=False)
+                held = (trainer.step, trainer.state())
+                copier.save(self._run_dir, *held, wait=False, more=trainer.about())
             except CheckpointError as error:
                 self._note("no replica", reason=str(error))
 

@@ -1,10 +1,12 @@
 """Records every routing decision of some forward passes."""
 
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from moe_router.config import RunConfig
 from moe_router.errors import MoeRouterError
 from moe_router.observability.trace_data import LayerTrace, Trace, TraceRow
 from moe_router.observability.trace_file import export_csv, load_trace, save_trace
@@ -31,6 +33,13 @@ class Recorder:
         self._chunks: dict[int, list[_Chunk]] = {}
         self._groups: dict[int, int] = {}
         self._label: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def due(cls, run: RunConfig, step: int, run_dir: Path | None, rank: int) -> Self | None:
+        """A rank's recorder of a training step, where that is to be recorded."""
+        if not run.record or step % run.record_every or run_dir is None:
+            return None
+        return cls(run_dir / "routing" / f"step_{step}.rank_{rank}.safetensors")
 
     def begin(self, ids_T: Tensor, position_T: Tensor, first_token: int = 0) -> None:
         """The tokens of the forward pass that comes now.

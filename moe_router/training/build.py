@@ -15,9 +15,11 @@ from moe_router.models import (
     init_parameters,
 )
 from moe_router.models.backbone import Running
+from moe_router.placement import Placement
 from moe_router.training.begin import begin_from, choose_learners
 from moe_router.training.data import AnyDataset, ImageDataset
 from moe_router.training.parallel import shard_dense
+from moe_router.training.rebalance import first_placement
 from moe_router.training.transport import training_dispatcher
 
 
@@ -30,10 +32,13 @@ def repeat_bitwise(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def new_model(config: Config, vocab: int, dispatcher: Dispatcher) -> CausalLM | Classifier:
+def new_model(
+    config: Config, vocab: int, dispatcher: Dispatcher, placement: Placement | None = None
+) -> CausalLM | Classifier:
     """What model.kind names, with weights that nobody has set yet."""
     running: Running = {
         "dispatcher": dispatcher,
+        "placement": placement,
         "kernels": config.kernels,
         "activation_checkpointing": config.train.activation_checkpointing,
     }
@@ -64,7 +69,7 @@ def build_model(
         run_dir: remembers the measured link.
     """
     dispatcher = training_dispatcher(config, ranks, device, run_dir)
-    model = new_model(config, dataset.vocab, dispatcher)
+    model = new_model(config, dataset.vocab, dispatcher, first_placement(config, ranks))
     init_parameters(model, config.run.seed)
     if isinstance(model, ImageClassifier):
         assert isinstance(dataset, ImageDataset)

@@ -60,8 +60,19 @@ class CheckpointWriter:
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, run_dir: Path, step: int, state: dict[str, Tensor], *, wait: bool) -> None:
+    def save(
+        self,
+        run_dir: Path,
+        step: int,
+        state: dict[str, Tensor],
+        *,
+        wait: bool,
+        more: dict[str, Any] | None = None,
+    ) -> None:
         """Copy the tensors, then write them to run_dir/step_N while training goes on.
+
+        Args:
+            more: for state.json, as JSON has it.
 
         Raises:
             CheckpointError: this write (wait) or the one before it failed.
@@ -71,7 +82,10 @@ class CheckpointWriter:
         snapshot = Snapshot(state, self.rank, self.ranks)
         # a daemon: a process that is told to end does not stay for a rank that is gone
         self._thread = Thread(
-            target=self._run, args=(run_dir, step, snapshot), name=f"save {step}", daemon=True
+            target=self._run,
+            args=(run_dir, step, snapshot, more or {}),
+            name=f"save {step}",
+            daemon=True,
         )
         self._thread.start()
         if wait:
@@ -90,16 +104,19 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
-    def _run(self, run_dir: Path, step: int, snapshot: Snapshot) -> None:
+    def _run(self, run_dir: Path, step: int, snapshot: Snapshot, more: dict[str, Any]) -> None:
         try:
             store = self._store or open_store(self._config, run_dir, self.rank)
             with peers_may_be_lost(f"rank {self.rank}, writing {store.where(step)}"):
-                self._write(store, run_dir, step, snapshot)
+                self._write(store, run_dir, step, snapshot, more)
         except Exception as error:  # whatever it is, `wait` raises it in the thread that trains
             self._error = error
 
-    def _write(self, store: Store, run_dir: Path, step: int, snapshot: Snapshot) -> None:
-        about = {"step": step, "ranks": self.ranks, "config": config_to_dict(self._config)}
+    def _write(
+        self, store: Store, run_dir: Path, step: int, snapshot: Snapshot, more: dict[str, Any]
+    ) -> None:
+        config = config_to_dict(self._config)
+        about = {"step": step, "ranks": self.ranks, "config": config, **more}
         first = self.rank == 0
 
         def send() -> None:

@@ -6,8 +6,8 @@ token count, so W ranks follow the curve of one.
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +18,22 @@ from moe_router.observability.records import EvalRecord, StepRecord
 from moe_router.observability.trace import Recorder
 from moe_router.routing import Context
 from moe_router.training.build import build_model, repeat_bitwise
-from moe_router.training.checkpoint import CheckpointWriter, read_checkpoint
+from moe_router.training.checkpoint import CheckpointWriter, read_about, read_checkpoint
 from moe_router.training.checkpoint_files import drop_leftovers
-from moe_router.training.data import AnyDataset, Batch, load_dataset, train_batch
+from moe_router.training.data import AnyDataset, Batch, load_dataset
 from moe_router.training.diagnose import first_cause, not_finite
 from moe_router.training.evaluate import evaluate
+from moe_router.training.micro import Micro
+from moe_router.training.migrate import Placements, move_all
 from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step
 from moe_router.training.parallel import Ownership, local_gradients, moe_layers, share_gradients
 from moe_router.training.peers import peers_may_be_lost
 from moe_router.training.probe import watched
+from moe_router.training.rebalance import Rebalanced, Rebalancer
 from moe_router.training.state import named_state
 from moe_router.training.tally import StepTotals, Tally
-from moe_router.types import NoiseKey
 
-
-@dataclass(frozen=True, slots=True)
-class _Micro:
-    """One micro-step's batch on the device, and what names its noise."""
-
-    batch: Batch
-    key: NoiseKey
+REBALANCE = "rebalance"  # in state.json
 
 
 class Trainer:
@@ -75,6 +71,10 @@ class Trainer:
         self._owned = Ownership.of(self.model)
         self._moes = moe_layers(self.model)
         self.own_load_LE = torch.zeros(0, 0)  # choices of this rank's tokens in the last step
+        self._rebalancer: Rebalancer | None = None
+        if (rebalance := config.cluster.rebalance) is not None:
+            self._rebalancer = Rebalancer(rebalance, self._moes, self.move_experts)
+        self.rebalanced: Rebalanced | None = None  # of the last step
 
     def train_step(self) -> StepRecord:
         """Take the next optimizer step.
@@ -98,7 +98,11 @@ class Trainer:
 
     def save(self, run_dir: Path, *, wait: bool = False) -> None:
         """Write run_dir/step_N, on all ranks, in the background; see `CheckpointWriter.save`."""
-        self._writer.save(run_dir, self.step, self.state(), wait=wait)
+        self._writer.save(run_dir, self.step, self.state(), wait=wait, more=self.about())
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint's state.json says beside the tensors."""
+        return {} if self._rebalancer is None else {REBALANCE: self._rebalancer.state()}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by global name: views, each on the rank that writes it."""
@@ -111,11 +115,29 @@ class Trainer:
             CheckpointError: damaged, foreign, or of another model.
         """
         self._writer.wait()
+        if self._rebalancer is not None:
+            self._rebalancer.restore(read_about(step_dir).get(REBALANCE))
+            self._owned = Ownership.of(self.model)
         about = read_checkpoint(step_dir, named_state(self.model, self._optimizer))
         self.step = about["step"]
         set_step(self._optimizer, self.step)
         if self.rank == 0:
             drop_leftovers(step_dir.parent)
+
+    def move_experts(self, placements: Placements) -> int:
+        """Have the experts of each MoE layer where these say, with their moments, between two
+        steps; all ranks together. `cluster.rebalance` does it by the load.
+
+        Returns:
+            Slots that got another expert, over all layers and ranks.
+
+        Raises:
+            WorkerLostError: another rank is gone; go on from a checkpoint.
+        """
+        with peers_may_be_lost(f"rank {self.rank}, moving experts after step {self.step}"):
+            moved = move_all(self._moes, placements, self._optimizer)
+        self._owned = Ownership.of(self.model)
+        return moved
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written. Raises what `save` would."""
@@ -136,53 +158,37 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(totals.grad_norm)):
             self._refuse(micros, loss, totals.grad_norm)
         lr = self._commit(totals)
-        self.own_load_LE = tally.own_load_LE
         if recorder is not None:
             recorder.save()
-        return StepRecord(
+        self.own_load_LE = tally.own_load_LE
+        if self._rebalancer is not None:
+            times_L = tally.probe.expert_us_L
+            self.rebalanced = self._rebalancer.after_step(self.step, totals.load_LE, times_L)
+        return totals.record(
             step=self.step,
             loss=loss,
-            losses=totals.losses,
-            grad_norm=totals.grad_norm,
             lr=lr,
             tokens=tokens,
             seconds=time.perf_counter() - began,
-            load_LE=totals.load_LE.int().tolist(),
-            rows=totals.rows,
-            dropped=totals.dropped,
-            executed_flops=totals.executed_flops,
-            dense_flops=totals.dense_flops,
-            dispatch_us=tally.probe.microseconds,
-            dispatch_bytes=tally.probe.bytes,
+            probe=tally.probe,
         )
 
-    def _gradients(self, micros: list[_Micro]) -> tuple[Tally, StepTotals, Recorder | None]:
+    def _gradients(self, micros: list[Micro]) -> tuple[Tally, StepTotals, Recorder | None]:
         """Forward and backward of the whole step, summed over all ranks."""
         experts = self.config.model.moe.experts if self.config.model.moe else 0
         tally = Tally(len(self._moes), experts, len(micros), self.device)
-        recorder = self._recorder()
+        recorder = Recorder.due(self.config.run, self.step + 1, self._run_dir, self.rank)
         for micro in micros:
             self._forward_backward(micro, tally, recorder)
         return tally, self._sum_over_ranks(tally), recorder
 
-    def _micro(self, index: int) -> _Micro:
-        config = self.config
-        accumulation = config.train.accumulation
-        batch = train_batch(
-            self.dataset,
-            batch=config.train.batch,
-            step=self.step,
-            micro=index,
-            accumulation=accumulation,
-            rank=self.rank,
-            ranks=self.ranks,
-            seed=config.run.seed,
+    def _micro(self, index: int) -> Micro:
+        where = {"rank": self.rank, "ranks": self.ranks}
+        return Micro.of(
+            self.config, self.dataset, step=self.step, index=index, device=self.device, **where
         )
-        number = self.step * accumulation + index
-        key = NoiseKey(config.run.seed, number, batch.first_token)
-        return _Micro(batch.to(self.device), key)
 
-    def _forward_backward(self, micro: _Micro, tally: Tally, recorder: Recorder | None) -> None:
+    def _forward_backward(self, micro: Micro, tally: Tally, recorder: Recorder | None) -> None:
         batch = micro.batch
         if recorder is not None:
             # tokens are counted through the whole step
@@ -229,14 +235,7 @@ class Trainer:
         self.step += 1
         return lr
 
-    def _recorder(self) -> Recorder | None:
-        run, step = self.config.run, self.step + 1
-        if not run.record or step % run.record_every or self._run_dir is None:
-            return None
-        name = f"step_{step}.rank_{self.rank}.safetensors"
-        return Recorder(self._run_dir / "routing" / name)
-
-    def _refuse(self, micros: list[_Micro], loss: float, norm: float) -> None:
+    def _refuse(self, micros: list[Micro], loss: float, norm: float) -> None:
         def forward_again() -> None:
             for micro in micros:
                 self._forward(micro.batch, Context(micro.key, step=self.step))

@@ -23,7 +23,8 @@ def agreed(trainer: Trainer, *, epoch: int, step: int) -> dict[str, Any]:
 
 
 def facts(model: CausalLM | Classifier, name: str, *, epoch: int, step: int) -> dict[str, Any]:
-    """The same for a model without a trainer.
+    """The same for a model without a trainer. The placement is that of the first layer, also where
+    `cluster.rebalance` has given each layer its own.
 
     Args:
         name: of the model, by which `Route` finds its routers.

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_router.observability.records import StepRecord
 from moe_router.routing import Ledger
 from moe_router.training.probe import Probe
 from moe_router.types import Routed
@@ -21,7 +22,7 @@ class Tally:
     """
 
     def __init__(self, layers: int, experts: int, micro_steps: int, device: torch.device) -> None:
-        self.ledger, self.probe = Ledger(), Probe(device)
+        self.ledger, self.probe = Ledger(), Probe(device, layers)
         self._layers, self._experts, self._micro_steps = layers, experts, micro_steps
         # fp64 holds counts to 2**53 and lets one message carry them beside the losses
         self._load_LE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
@@ -105,3 +106,24 @@ class StepTotals:
         after = _SCALARS + len(names)
         self.losses = dict(zip(names, host[_SCALARS:after].tolist(), strict=True))
         self.load_LE = host[after:-1].view(shape)
+
+    def record(
+        self, *, step: int, loss: float, lr: float, tokens: int, seconds: float, probe: Probe
+    ) -> StepRecord:
+        """What a run reports of it."""
+        return StepRecord(
+            step=step,
+            loss=loss,
+            losses=self.losses,
+            grad_norm=self.grad_norm,
+            lr=lr,
+            tokens=tokens,
+            seconds=seconds,
+            load_LE=self.load_LE.int().tolist(),
+            rows=self.rows,
+            dropped=self.dropped,
+            executed_flops=self.executed_flops,
+            dense_flops=self.dense_flops,
+            dispatch_us=probe.microseconds,
+            dispatch_bytes=probe.bytes,
+        )

@@ -7,7 +7,7 @@ import torch
 
 from moe_router.config_file import config_from_dict, config_to_dict
 from moe_router.observability.trace import load_trace
-from moe_router.training import loop
+from moe_router.training.data import train_batch
 from moe_router.training.loop import Trainer
 from moe_router.training.parallel import moe_layers
 from tests.gloo import run_ranks
@@ -33,7 +33,7 @@ def test_the_bias_moves_by_the_load_of_the_whole_step():
 def test_the_norm_is_that_of_the_whole_gradient():
     """Against plain autograd on one rank, with nothing clipped."""
     trainer = Trainer(work.tiny(clip_norm=0.0))
-    batch = loop.train_batch(
+    batch = train_batch(
         trainer.dataset, batch=12, step=0, micro=0, accumulation=1, rank=0, ranks=1, seed=3
     )
     output = trainer.model(batch.ids_T, batch.position_T, batch.offsets_B1)

@@ -26,10 +26,29 @@ def test_the_layers_are_as_before_also_after_an_error():
     trainer = Trainer(work.tiny())
     layers = moe_layers(trainer.model)
     before = [layer.dispatcher for layer in layers]
-    with pytest.raises(ZeroDivisionError), watched(layers, Probe(torch.device("cpu"))):
+    with pytest.raises(ZeroDivisionError), watched(layers, Probe(torch.device("cpu"), 2)):
         assert [layer.dispatcher for layer in layers] != before
         raise ZeroDivisionError
     assert [layer.dispatcher for layer in layers] == before
+    assert not any(layer.experts._forward_hooks for layer in layers)
+
+
+def timed(rank, ranks, config):
+    """What each layer's experts took in a step, and the step."""
+    trainer = Trainer(config, rank=rank, ranks=ranks)
+    tally, *_ = trainer._gradients([trainer._micro(0)])
+    return tally.probe.expert_us_L, tally.probe.microseconds
+
+
+def test_experts_are_timed_apart_layer_by_layer():
+    config = work.tiny(moe={"hidden": 2048}, batch=24)
+    for expert_us_L, dispatch_us in run_ranks(2, timed, config):
+        assert len(expert_us_L) == 2 and min(expert_us_L) > 0 and dispatch_us > 0
+    few, many = (
+        sum(timed(0, 1, work.tiny(moe={"hidden": hidden}))[0][1] for _ in range(3))
+        for hidden in (16, 2048)
+    )
+    assert many > 3 * few
 
 
 def test_nothing_dispatched_is_nothing_known():
