@@ -1,5 +1,6 @@
 """The experts of one rank as one torch operation, by the Triton kernels of `fused_experts`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ def _expert_mlp(
     offsets_G1: Tensor,
     row_TK: Tensor,
     keep: bool,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The result, and pre-activations if `keep`: with `overwrite` for the backward pass alone."""
     from moe_router_kernels import fused_experts
 
     if src_R.numel() == 0:
@@ -69,17 +72,31 @@ def _expert_mlp_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A gradient that is not wanted is empty."""
+    plan = (src_R, choice_R, offsets_G1, row_TK)
+    leaves, dtypes = (x_TD, weight_TK, gate_up, down), (gate_up_dtype, down_dtype)
+    grads = _gradients(grad_TD, *leaves, pre_RF, plan, dtypes, wanted, overwrite=False)
+    return _four(x_TD.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _gradients(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    pre_RF: Tensor,
+    plan: tuple[Tensor, Tensor, Tensor, Tensor],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    wanted: list[bool],
+    overwrite: bool,
+) -> Sequence[Tensor | None]:
     from moe_router_kernels import fused_experts
 
-    leaves, dtypes = (x_TD, weight_TK, gate_up, down), (gate_up_dtype, down_dtype)
-    if src_R.numel() == 0:
+    leaves = (x_TD, weight_TK, gate_up, down)
+    if plan[0].numel() == 0:
         kinds = (x_TD.dtype, weight_TK.dtype, *dtypes)
-        return _four(torch.zeros_like(x, dtype=d) for x, d in zip(leaves, kinds, strict=True))
-    plan = (src_R, choice_R, offsets_G1, row_TK)
-    grads = fused_experts.backward(
-        grad_TD, x_TD, weight_TK, gate_up, down, pre_RF, plan, dtypes, wanted
-    )
-    return _four(x_TD.new_empty(0) if grad is None else grad for grad in grads)
+        return [torch.zeros_like(x, dtype=d) for x, d in zip(leaves, kinds, strict=True)]
+    return fused_experts.backward(grad_TD, *leaves, pre_RF, plan, dtypes, wanted, overwrite)
 
 
 def _four(grads: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,6 +108,7 @@ def _four(grads: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _(
     x_TD: Tensor, weight_TK: Tensor, gate_up: Tensor, down: Tensor, gate_up_cast: Tensor,
     down_cast: Tensor, src_R: Tensor, choice_R: Any, offsets_G1: Any, row_TK: Any, keep: bool,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     pre_RF = x_TD.new_empty(src_R.size(0) if keep else 0, gate_up.size(1))
     return torch.empty_like(x_TD), pre_RF
@@ -111,19 +129,34 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_TD, weight_TK, gate_up, down, *cast_and_plan, _ = inputs
+    x_TD, weight_TK, gate_up, down, *cast_and_plan, _, ctx.overwrite = inputs
     ctx.save_for_backward(x_TD, weight_TK, output[1], *cast_and_plan)
     ctx.dtypes = gate_up.dtype, down.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros as large as the pre-activations
 
 
-def _backward(ctx: Any, grad_TD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x_TD, weight_TK, pre_RF, gate_up, down, *plan = ctx.saved_tensors
+def _backward(ctx: Any, grad_TD: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_TD is None:
+        return (None,) * 12
+    x_TD, weight_TK, pre_RF, gate_up, down, *rest = ctx.saved_tensors
+    tensors, dtypes = (grad_TD, x_TD, weight_TK, gate_up, down, pre_RF), ctx.dtypes
     wanted = list(ctx.needs_input_grad[:4])
-    tensors = (grad_TD, x_TD, weight_TK, gate_up, down, pre_RF)
-    grads = _expert_mlp_backward(*tensors, *plan, *ctx.dtypes, wanted)
+    plan = _four(rest)
+    grads: Sequence[Tensor | None]
+    if ctx.overwrite and _is_last(pre_RF):
+        grads = _gradients(*tensors, plan, dtypes, wanted, overwrite=True)
+    else:
+        grads = _expert_mlp_backward(*tensors, *plan, *dtypes, wanted)
     kept = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return *kept, *[None] * 7
+    return *kept, *[None] * 8
+
+
+def _is_last(pre_RF: Tensor) -> bool:
+    """Whether nothing reads the pre-activations after this backward pass, and nothing traces it."""
+    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    traced = type(pre_RF) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    return not keeps and not traced
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_keep)
@@ -161,7 +194,7 @@ def expert_mlp(
     # is written in the dtype of its weight at once
     cast = (w.detach().to(x_TD.dtype) for w in (gate_up, down))
     plan = (src_R, choice_R, offsets_G1, row_TK)
-    out: Tensor = _expert_mlp(*leaves, *cast, *plan, keep)[0]
+    out: Tensor = _expert_mlp(*leaves, *cast, *plan, keep, True)[0]
     return out
 
 

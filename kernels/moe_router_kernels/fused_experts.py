@@ -2,9 +2,10 @@
 gradients by `few_rows`.
 
 Kept for the backward pass are the tokens, the pre-activations and the ids; activations and
-weighted rows are computed again in the epilogue of the first backward GEMM. The gradient of a
-choice's weight is the dot of the incoming gradient's row with the activations, so the expert's
-output is not kept for it. (SonicMoE, arXiv:2512.14080, saves the same.)
+weighted rows are computed again in the epilogue of the first backward GEMM, which may write
+its gradients where the pre-activations were. The gradient of a choice's weight is the dot of the
+incoming gradient's row with the activations, so the expert's output is not kept for it. (SonicMoE,
+arXiv:2512.14080, saves the same.)
 """
 
 import torch
@@ -46,11 +47,13 @@ def backward(
     plan: Plan,
     dtypes: tuple[torch.dtype, torch.dtype],
     wanted: list[bool],
+    overwrite: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of x, weights, gate_up and down, where wanted.
 
     Args:
         dtypes: of the gradients of gate_up and down.
+        overwrite: put the gradient of pre_RF where pre_RF is.
     """
     src_R, choice_R, offsets_G1, row_TK = plan
     grad_TD, x_TD, gate_up, down = (t.contiguous() for t in (grad_TD, x_TD, gate_up, down))
@@ -59,26 +62,29 @@ def backward(
     weight_R = weight_TK.flatten()[choice_R.clamp(min=0)]
     grad_pre, act_RF, dot_R = grouped.rows_times_groups(
         grad_TD, down, rows, src_R=src_R, backward=True, epilogue="swiglu_backward",
-        pre_RF=pre_RF, weight_R=weight_R, tile=pick("down_backward", problem),
+        pre_RF=pre_RF, overwrite=overwrite, weight_R=weight_R, tile=pick("down_backward", problem),
     )  # fmt: skip
     assert act_RF is not None and dot_R is not None
     grads: list[Tensor | None] = [None] * 4
+    if wanted[1]:
+        dot_TK = dot_R[row_TK.clamp(min=0)]
+        grads[1] = torch.where(row_TK < 0, 0.0, dot_TK).to(weight_TK.dtype)
+    # what is large goes as soon as it is read: rows, then activations
     if wanted[0]:
         grad_rows, _, _ = grouped.rows_times_groups(
             grad_pre, gate_up, rows, backward=True, tile=pick("up_backward", problem)
         )
         grads[0] = combine_rows(grad_rows, row_TK)
-    if wanted[1]:
-        dot_TK = dot_R[row_TK.clamp(min=0)]
-        grads[1] = torch.where(row_TK < 0, 0.0, dot_TK).to(weight_TK.dtype)
-    if wanted[2]:
-        grads[2] = grouped.group_weights(
-            x_TD, grad_pre, offsets_G1, src_R=src_R, gather="a", transposed=True,
-            dtype=dtypes[0], tile=pick("gate_up_weights", problem),
-        )  # fmt: skip
+        del grad_rows
     if wanted[3]:
         grads[3] = grouped.group_weights(
             grad_TD, act_RF, offsets_G1, src_R=src_R, gather="a", dtype=dtypes[1],
             tile=pick("down_weights", problem),
+        )  # fmt: skip
+    del act_RF
+    if wanted[2]:
+        grads[2] = grouped.group_weights(
+            x_TD, grad_pre, offsets_G1, src_R=src_R, gather="a", transposed=True,
+            dtype=dtypes[0], tile=pick("gate_up_weights", problem),
         )  # fmt: skip
     return grads

@@ -58,7 +58,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     used_ptr,
     out_ptr,  # (R, N)
     act_ptr,  # (R, N / 2) of SwiGLU; (R, N) of its backward
-    pre_ptr,  # (R, 2 N), read by the backward of SwiGLU
+    pre_ptr,  # (R, 2 N), read by the backward of SwiGLU; out_ptr may be the same
     weight_ptr,  # (R,) fp32 weight of each row, for the backward
     dot_ptr,  # (tiles of N, R) fp32 partial gradients of those weights
     G, R, K, N,
@@ -277,11 +277,11 @@ def cut(offsets_G1: Tensor, rows: int, m: int) -> Rows:
     return Rows(rows, offsets_G1, group_N, row_N, used, m)
 
 
-def _programs(device: torch.device) -> int:
-    """One for each multiprocessor: they take tiles until none is left."""
+def _programs(device: torch.device, tile: Tile) -> int:
+    """`together` for each multiprocessor: they take tiles until none is left."""
     if device.type != "cuda":
         return 4  # the interpreter runs them one after another
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return tile.together * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rows_times_groups(
@@ -294,6 +294,7 @@ def rows_times_groups(
     epilogue: str = "none",
     keep: bool = True,
     pre_RF: Tensor | None = None,
+    overwrite: bool = False,
     weight_R: Tensor | None = None,
     tile: Tile,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -306,6 +307,7 @@ def rows_times_groups(
         epilogue: `swiglu`: w are gate and up, N / 2 rows each, the second result silu(gate) * up.
             `swiglu_backward`: the product is the gradient of that second result; pre_RF is what
             came out first, weight_R the weight of each row.
+        overwrite: with `swiglu_backward`: put the first result where pre_RF is.
         keep: with `swiglu`: give the first result, which only the backward pass needs.
 
     Returns:
@@ -320,20 +322,24 @@ def rows_times_groups(
     width = N // 2 if epilogue == "swiglu" else N
     R = rows.rows
     act = None if epilogue == "none" else a.new_empty(R, width)
-    out = a.new_empty(R if keep else 0, 2 * N if back else N)
+    if pre_RF is not None and overwrite:
+        out = pre_RF
+    else:
+        out = a.new_empty(R if keep else 0, 2 * N if back else N)
     dot = None
     if back:
         dot = torch.zeros(triton.cdiv(N, tile.n), R, device=a.device)
     if a.device.type == "cuda":
         triton.set_allocator(scratch)
     none = out
-    _rows_kernel[(_programs(a.device),)](
+    programs = _programs(a.device, tile)
+    _rows_kernel[(programs,)](
         a, none if src_R is None else src_R, w,
         rows.offsets_G1, rows.group_N, rows.row_N, rows.used,
         out, none if act is None else act, none if pre_RF is None else pre_RF,
         none if weight_R is None else weight_R, none if dot is None else dot,
         G, R, K, N, a.stride(0),
-        PROGRAMS=_programs(a.device), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        PROGRAMS=programs, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         GROUP_M=tile.band, GATHER=src_R is not None, BACKWARD=backward,
         EPILOGUE=epilogue, KEEP=keep, FLATTEN=tile.flatten,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
@@ -364,7 +370,7 @@ def group_weights(
     G, M, N = offsets_G1.numel() - 1, a.size(1), b.size(1)
     out = a.new_empty((G, N, M) if transposed else (G, M, N), dtype=dtype)
     count = G * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
-    programs = min(count, _programs(a.device))
+    programs = min(count, _programs(a.device, tile))
     if a.device.type == "cuda":
         triton.set_allocator(scratch)
     _weights_kernel[(programs,)](

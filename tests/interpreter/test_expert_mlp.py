@@ -104,6 +104,24 @@ def test_two_runs_are_equal_bit_by_bit_and_rows_do_not_see_each_other():
     assert torch.equal(expert_mlp(other, *leaves[1:], *plan)[:20], runs[0][0][:20])
 
 
+def test_gradients_take_the_place_of_pre_activations_unless_the_graph_is_kept(monkeypatch):
+    places, real = [], grouped.rows_times_groups
+
+    def spy(*args, pre_RF=None, **kwargs):
+        results = real(*args, pre_RF=pre_RF, **kwargs)
+        if pre_RF is not None:
+            places.append(results[0].data_ptr() == pre_RF.data_ptr())
+        return results
+
+    monkeypatch.setattr(grouped, "rows_times_groups", spy)
+    leaves, plan, grad_TD = tensors(40, 32, 24, 5, 2, "holes", DTYPES[-1])
+    out = expert_mlp(*leaves, *plan)
+    first = torch.autograd.grad(out, leaves, grad_TD, retain_graph=True)
+    second = torch.autograd.grad(out, leaves, grad_TD)
+    assert places == [False, True]
+    assert all(map(torch.equal, first, second))
+
+
 def test_without_gradients_the_result_is_the_same_and_nothing_is_kept():
     leaves, plan, _ = tensors(40, 32, 24, 5, 2, "holes", DTYPES[-1])
     wanted = expert_mlp(*leaves, *plan)
@@ -153,7 +171,7 @@ def test_by_ids_many_rows_and_gradients_go_by_a_plan():
 def test_the_operation_keeps_to_what_its_fake_says():
     leaves, plan, _ = tensors(12, 32, 16, 4, 2, "uniform", torch.float32)
     cast = [leaf.detach() for leaf in leaves[2:]]
-    torch.library.opcheck(expert_op._expert_mlp, (*leaves, *cast, *plan, True))
+    torch.library.opcheck(expert_op._expert_mlp, (*leaves, *cast, *plan, True, False))
     x_TD, weight_TK, *cast = (leaf.detach() for leaf in leaves)
     torch.library.opcheck(expert_op._few_experts, (x_TD, weight_TK, ids_of(plan, 4), *cast))
 
