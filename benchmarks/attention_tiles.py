@@ -43,7 +43,7 @@ def measure_tile(case: Case, name: str) -> dict[str, Any]:
     q, k, v = (x.detach() for x in case.leaves)
     how = (shape.block, True, tile)
     out, lse_HT = launch.forward(q, k, v, lists, shape.block, True, "auto")
-    kept = launch.Kept(case.grad, q, k, v, out, lse_HT)
+    kept = launch.Kept(case.grad, torch.zeros_like(lse_HT), q, k, v, out, lse_HT)
     if kernel == "forward":
         took = interleave({"": lambda: launch.forward(q, k, v, lists, *how)}, rounds=ROUNDS)
     elif kernel == "queries":

@@ -123,9 +123,14 @@ class ModelConfig:
         attention, routing = self.attention, self.routing
         if attention is None:
             return
-        least = attention.least(self.kind == "causal_lm")
-        want = f"at least {least}, a block and those of model.attention.window={attention.window}"
-        require(attention.top_k >= least, "model.attention.top_k", attention.top_k, want)
+        if attention.clustered:
+            want = "blocks, or model.kind=causal_lm: clusters attend to what came before"
+            require(self.kind == "causal_lm", "model.attention.select", attention.select, want)
+        else:
+            least = attention.least(self.kind == "causal_lm")
+            want = f"at least {least}, a block and those of model.attention.window="
+            want = f"{want}{attention.window}"
+            require(attention.top_k >= least, "model.attention.top_k", attention.top_k, want)
         few, want = attention.dense_last < self.layers, f"less than {self.layers} (model.layers)"
         require(few, "model.attention.dense_last", attention.dense_last, want)
         causal = self.kind == "causal_lm" or attention.branch == 0
@@ -135,6 +140,9 @@ class ModelConfig:
             alike = not routing.weighs and routing.router != "attention"
             want = "null where tokens have masses, or attention is counted (model.routing)"
             require(alike, "model.attention", attention.kind, want)
+            steady, want = not attention.clustered or attention.noise == 0, "0 beside model.routing"
+            want = f"{want}: it names tokens by place"
+            require(steady, "model.attention.noise", attention.noise, want)
 
     def _check_routing(self) -> None:
         routing, moe = self.routing, self.moe

@@ -11,6 +11,7 @@ from moe_router.config import (
     RouterKind,
     RoutingConfig,
 )
+from moe_router.config_attention import FEATURES
 
 BYTES = 4  # fp32: what weights, gradients and AdamW's moments are kept in, bf16 or not
 
@@ -102,6 +103,11 @@ def _label_head(D: int, labels: int, seq_len: int) -> Part:
 
 def _block(layer: str, index: int, model: ModelConfig, seq_len: int) -> Iterator[Part]:
     yield _attention(layer, index, model, seq_len)
+    routed = model.attends(index)
+    if routed is not None and routed.clustered and routed.cluster_score is not None:
+        groups = model.kv_heads * routed.clusters
+        both, _ = _score(routed.cluster_score, model.dim, groups, FEATURES)
+        yield Part(layer, "router", both, both, 2 * both, 0)
     yield Part(layer, "norms", 2 * model.dim, 2 * model.dim, 0, 0)
     if model.moe is not None and model.is_moe(index):
         yield from _moe(layer, model.dim, model.moe)
@@ -163,13 +169,24 @@ def _attention(layer: str, index: int, model: ModelConfig, seq_len: int) -> Part
     sums = 4 * width / max(seq_len, 1)  # scores and sums: 2 * 2 * width for each token seen
     dense = 2 * weights + round(sums * pairs)
     flops = dense
-    if routed is not None:
+    if routed is not None and routed.clustered:
+        flops = 2 * weights + round(sums * _pairs_clustered(routed, seq_len))
+    elif routed is not None:
         blocks = -(-seq_len // routed.block)
         choosing = routed.choosing(blocks, blocks, kv_width, blocks)
         choosing = choosing if blocks > routed.top_k else 0
         seen = _pairs_seen(routed, seq_len, causal=causal)
-        flops = 2 * weights + round(sums * seen + choosing / max(seq_len, 1))
+        flops += round(sums * (seen - pairs) + choosing / max(seq_len, 1))
     return Part(layer, "attention", weights, weights, flops, dense)
+
+
+def _pairs_clustered(routed: AttentionConfig, seq_len: int) -> int:
+    """The same inside clusters that are equally full, with the window and the global tokens: a
+    token of place t has t before it, of which 1 / C are of its cluster."""
+    before = range(seq_len)
+    near = sum(min(t, routed.window) + min(routed.global_tokens, max(0, t - routed.window))
+               for t in before)  # fmt: skip
+    return round(seq_len + sum(before) / routed.clusters + near * (1 - 1 / routed.clusters))
 
 
 def _pairs_seen(routed: AttentionConfig, seq_len: int, *, causal: bool) -> int:

@@ -54,6 +54,13 @@ VARIANTS = {
     "merge neighbours": [*LABELLED, "model.routing={kind: merge, router: position}"],
     "vit": ["model.moe=null", *IMAGES],
     "vit prune": [*IMAGES, "model.routing={kind: prune, keep: 0.5}"],
+    "clusters": [
+        "model.moe=null",
+        "model.attention={kind: routed, select: clusters, router: linear}",
+    ],
+    "clusters by place": [
+        "model.attention={kind: routed, select: clusters, router: position, dense_last: 1}"
+    ],
     "prune experts": [*LABELLED, "model.routing={kind: prune, router: mlp, first: 0, every: 1}"],
 }
 
@@ -136,6 +143,27 @@ def test_routed_attention_costs_the_pairs_that_it_computes(variant):
     assert sum(part.flops for part in parts) == pytest.approx(executed / S, abs=len(parts))
     assert sum(part.dense_flops for part in parts) == pytest.approx(dense / S, abs=len(parts))
     assert parts[-1].flops == parts[-1].dense_flops > parts[0].flops
+
+
+def test_clusters_cost_what_equally_full_ones_do():
+    """What the model's own account says it executes, where clusters are even."""
+    how = AttentionConfig(
+        kind="routed", select="clusters", router="linear", clusters=4, window=3, global_tokens=2
+    )
+    config, S = tiny("dense"), 16
+    routed = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=how))
+    model, ledger = model_of(routed), Ledger()
+    for block in model.blocks:
+        even = torch.nn.functional.one_hot(torch.arange(S) % 4, 4)[:, None].float()
+        heads = config.model.kv_heads
+        even = even.repeat(1, heads, 1)
+        block.attention.routed.router._logits = lambda *_, even=even: even
+    batch = (torch.zeros(S, dtype=torch.int64), torch.arange(S).int(), torch.tensor([0, S]).int())
+    model.eval()(*batch, context=Context(ledger=ledger))
+    parts = [p for p in cost(routed).parts if p.name == "attention" or p.dense_flops == 0 < p.flops]
+    expected = sum(part.flops for part in parts) * S
+    # of 16 tokens, which cluster is near is not quite chance
+    assert expected == pytest.approx(ledger.by_op()["attention"][0], rel=0.01)
 
 
 @pytest.mark.parametrize("variant", ["dense", "untied", "encoder"])

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def _grad_of_score(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["T", "K"])
 def _queries_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, target_ptr, count_ptr, gate_ptr, out_ptr, lse_ptr,
-    grad_ptr, dot_ptr, grad_q_ptr, grad_gate_ptr, T, H, J, K, scale,
+    grad_ptr, grad_lse_ptr, dot_ptr, grad_q_ptr, grad_gate_ptr, T, H, J, K, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr,
     GATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +156,8 @@ def _queries_kernel(  # type: ignore[no-untyped-def]
     token, at, cell, live = _rows(first_ptr, last_ptr, m, head, H, T, BLOCK, HEADS)
     grad = _load(grad_ptr, at, live, D)
     dot = tl.sum(grad.to(tl.float32) * _load(out_ptr, at, live, D).to(tl.float32), 1)
+    # a score moves the log of the sum by its share
+    dot -= tl.load(grad_lse_ptr + cell, mask=live, other=0.0) * LOG2_E
     tl.store(dot_ptr + cell, dot, mask=live)  # for the keys' kernel
     q = _load(q_ptr, at, live, D)
     lse = tl.load(lse_ptr + cell, mask=live, other=float("inf"))

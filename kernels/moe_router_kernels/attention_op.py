@@ -1,5 +1,6 @@
 """Attention to chosen key blocks as one torch operation."""
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def _attend(
 @torch.library.custom_op("moe_router::attend_blocks_backward", mutates_args=())
 def _attend_backward(
     grad_THd: Tensor,
+    grad_HT: Tensor,
     q_THd: Tensor,
     k_TJd: Tensor,
     v_TJd: Tensor,
@@ -61,7 +63,9 @@ def _attend_backward(
         gate_R = gate_NJK.flatten()[choice_R.clamp(min=0)]
     lists = block_attention.Lists(first_N, last_N, target_NJK, count_NJ2, gate_NJK)
     groups = block_attention.Groups(block_R, gate_R, offsets_G1)
-    kept = block_attention.Kept(grad_THd.contiguous(), q_THd, k_TJd, v_TJd, out_THd, lse_HT)
+    kept = block_attention.Kept(
+        grad_THd.contiguous(), grad_HT.contiguous(), q_THd, k_TJd, v_TJd, out_THd, lse_HT
+    )
     how = (block, causal, tiles)
     grad_q, grad_gate, dot_HT = block_attention.grad_queries(kept, lists, *how)
     grad_k, grad_v = block_attention.grad_keys(kept, dot_HT, lists, groups, *how)
@@ -76,8 +80,9 @@ def _(q_THd: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @_attend_backward.register_fake
 def _(
-    grad_THd: Tensor, q_THd: Tensor, k_TJd: Tensor, v_TJd: Tensor, gate_NJK: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_THd: Tensor, grad_HT: Tensor, q_THd: Tensor, k_TJd: Tensor, v_TJd: Tensor,
+    gate_NJK: Tensor, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, gate = (torch.empty_like(x) for x in (q_THd, k_TJd, v_TJd, gate_NJK))
     return q, k, v, gate
 
@@ -85,12 +90,11 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.block, ctx.causal, ctx.tiles = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad_THd: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_THd: Tensor, grad_HT: Tensor) -> tuple[Tensor | None, ...]:
     how = (ctx.block, ctx.causal, ctx.tiles)
-    *grads, grad_gate = _attend_backward(grad_THd, *ctx.saved_tensors, *how)
+    *grads, grad_gate = _attend_backward(grad_THd, grad_HT, *ctx.saved_tensors, *how)
     return *grads, grad_gate if ctx.needs_input_grad[3] else None, *[None] * 10
 
 
@@ -131,22 +135,32 @@ def attend_blocks(
     Raises:
         ValueError: shapes that do not fit.
     """
-    (T, H, d), J = q_THd.shape, target_NJK.size(1)
-    if k_TJd.shape != (T, J, d) or v_TJd.shape != k_TJd.shape or H % max(J, 1):
-        raise ValueError(
-            f"attend_blocks: keys {said(k_TJd)}, values {said(v_TJd)}: want ({T}, {J}, {d}) for "
-            f"queries {said(q_THd)} and a choice for {J} KV heads"
-        )
     if kernels == "reference":
         return plain(q_THd, k_TJd, v_TJd, first_N, last_N, target_NJK, gate_NJK, causal=causal)
-    if not uses_triton("attention", kernels, q_THd.device, _uncovered(q_THd, block)):
-        chosen = (first_N, last_N, target_NJK, block, gate_NJK)
-        return gathered(q_THd, k_TJd, v_TJd, *chosen, causal=causal)
-    qkv, choices = (q_THd, k_TJd, v_TJd), (target_NJK, gate_NJK, count_NJ2)
-    return _by_triton(*qkv, first_N, last_N, *choices, block, causal, kernels, tiles)
+    lists = (first_N, last_N, target_NJK, gate_NJK, count_NJ2)
+    return _execute(q_THd, k_TJd, v_TJd, *lists, block, causal, kernels, tiles)[0]
 
 
-def _by_triton(
+def attend_and_sum(
+    q_THd: Tensor,
+    k_TJd: Tensor,
+    v_TJd: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    target_NJK: Tensor,
+    count_NJ2: Tensor,
+    block: int,
+    *,
+    kernels: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`attend_blocks`, causal, for who attends to other keys too: also (T, H), the log of the sum
+    of the exponentials of each query's scores, differentiable. Each query has a key."""
+    lists = (first_N, last_N, target_NJK, None, count_NJ2)
+    out, lse_HT = _execute(q_THd, k_TJd, v_TJd, *lists, block, True, kernels, "auto")
+    return out, lse_HT.T * math.log(2)
+
+
+def _execute(
     q_THd: Tensor,
     k_TJd: Tensor,
     v_TJd: Tensor,
@@ -159,8 +173,20 @@ def _by_triton(
     causal: bool,
     kernels: str,
     tiles: str,
-) -> Tensor:
-    """Put the choices in order, where nobody has; by key too, where somebody will go back."""
+) -> tuple[Tensor, Tensor]:
+    """What a query gets; and (H, T), log2 of its sum, where it has a key.
+
+    For Triton choices are put in order, where nobody has; by key too, where somebody goes back.
+    """
+    (T, H, d), J = q_THd.shape, target_NJK.size(1)
+    if k_TJd.shape != (T, J, d) or v_TJd.shape != k_TJd.shape or H % max(J, 1):
+        raise ValueError(
+            f"attend_blocks: keys {said(k_TJd)}, values {said(v_TJd)}: want ({T}, {J}, {d}) for "
+            f"queries {said(q_THd)} and a choice for {J} KV heads"
+        )
+    if not uses_triton("attention", kernels, q_THd.device, _uncovered(q_THd, block)):
+        chosen = (first_N, last_N, target_NJK, block, gate_NJK)
+        return gathered(q_THd, k_TJd, v_TJd, *chosen, causal=causal)
     if count_NJ2 is None:
         easy_NJK = unmasked(first_N, last_N, target_NJK, block, causal)
         target_NJK, count_NJ2, order_NJK = by_mask(target_NJK, easy_NJK)
@@ -172,8 +198,8 @@ def _by_triton(
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         groups = by_key(target_NJK, count_NJ2, last_N - first_N == block, kernels)
     lists = (first_N, last_N, target_NJK, count_NJ2, *groups)
-    out: Tensor = _attend(*leaves, *lists, block, causal, tiles)[0]
-    return out
+    both: tuple[Tensor, Tensor] = _attend(*leaves, *lists, block, causal, tiles)
+    return both
 
 
 def _uncovered(q_THd: Tensor, block: int) -> str:

@@ -110,9 +110,10 @@ def forward(
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs; all contiguous."""
+    """What the backward pass needs; all contiguous. grad_HT is of lse_HT."""
 
     grad_THd: Tensor
+    grad_HT: Tensor
     q_THd: Tensor
     k_TJd: Tensor
     v_TJd: Tensor
@@ -123,7 +124,8 @@ class Kept(NamedTuple):
 def grad_queries(
     kept: Kept, lists: Lists, block: int, causal: bool, tiles: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries and gates; and fp32 (H, T): gradient times output of each query."""
+    """Gradients of queries and gates; and fp32 (H, T): gradient times output of each query, less
+    what the log of its sum asks for."""
     q_THd = kept.q_THd
     (T, H, d), (N, J, K) = q_THd.shape, lists.target_NJK.shape
     heads, tile = _cut("queries", tiles, q_THd, max(J, 1), block)
@@ -133,7 +135,7 @@ def grad_queries(
     if N and H and K:
         _queries_kernel[(N * parts, J)](
             q_THd, kept.k_TJd, kept.v_TJd, *lists, kept.out_THd, kept.lse_HT, kept.grad_THd,
-            dot_HT, grad_q, grad_gate, T, H, J, K, d**-0.5 * LOG2_E,
+            kept.grad_HT, dot_HT, grad_q, grad_gate, T, H, J, K, d**-0.5 * LOG2_E,
             HEADS=heads, num_warps=tile.warps, num_stages=tile.stages,
             **_how(q_THd, lists, block, causal),
         )  # fmt: skip

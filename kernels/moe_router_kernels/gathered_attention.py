@@ -1,6 +1,8 @@
 """Attention to chosen key blocks in plain torch, of the chosen pairs alone: what runs where Triton
 does not. Specification: `reference_attention.attend_blocks`."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,17 @@ def attend_blocks(
     gate_NJK: Tensor | None = None,
     *,
     causal: bool = True,
-) -> Tensor:
-    """(T, H, d). A query block's keys, for each KV head, stand in a row: K times `block` of them.
+) -> tuple[Tensor, Tensor]:
+    """(T, H, d); and (H, T), log2 of the sum of the exponentials of a query's scores.
+
+    A query block's keys, for each KV head, stand in a row: K times `block` of them.
 
     Args:
         block: the most tokens of one.
     """
     (T, H, d), (N, J, K) = q_THd.shape, target_NJK.shape
     if not (N and J and K):
-        return q_THd * 0
+        return q_THd * 0, wide(q_THd).sum(-1).T * 0
     at, head_J1 = (torch.arange(n, device=target_NJK.device) for n in (block, J))
     G, head_J1, n = H // J, head_J1[:, None], target_NJK.clamp(min=0)
     token_NQ = first_N[:, None] + at
@@ -44,8 +48,9 @@ def attend_blocks(
     # a finite floor: a query without a key takes nothing, and its gradient is 0, not NaN
     score = score.masked_fill(~seen_NJQS[:, :, None], -1e30)
     weight = score.softmax(-1) * seen_NJQS[:, :, None]
+    lse_NQH = score.logsumexp(-1).permute(0, 3, 1, 2).reshape(N * block, H) / math.log(2)
     if gate_NJK is not None:
         weight = weight * gate_NJK.repeat_interleave(block, -1)[:, :, None, None]
     y_NQHd = (weight @ v_NJSd[:, :, None]).permute(0, 3, 1, 2, 4).reshape(N * block, H, d)
-    out_THd: Tensor = y_NQHd[live_NQ.flatten()].to(q_THd.dtype)
-    return out_THd
+    live = live_NQ.flatten()
+    return y_NQHd[live].to(q_THd.dtype), lse_NQH[live].T

@@ -21,11 +21,17 @@ def generate_mask(
         offsets_B1: int32, bounds of the packed sequences.
         routing_scores_TC: scores of each token for C clusters; the highest is its cluster.
     """
-    T = routing_scores_TC.size(0)
-    sequence_T = sequence_of(offsets_B1, T)
-    token_T = torch.arange(T, device=sequence_T.device)
-    position_T = token_T - offsets_B1.long()[sequence_T]
     cluster_T = top_k(routing_scores_TC, 1)[:, 0]
+    return cluster_mask(offsets_B1, cluster_T, window, global_tokens)
+
+
+def cluster_mask(
+    offsets_B1: Tensor, cluster_T: Tensor, window: int = 0, global_tokens: int = 0
+) -> Tensor:
+    """`generate_mask`, by the cluster of each token."""
+    sequence_T = sequence_of(offsets_B1, cluster_T.numel())
+    token_T = torch.arange(cluster_T.numel(), device=sequence_T.device)
+    position_T = token_T - offsets_B1.long()[sequence_T]
     allowed_TT = cluster_T[:, None] == cluster_T
     allowed_TT |= token_T[:, None] - token_T <= window
     allowed_TT |= position_T < global_tokens
@@ -184,3 +190,28 @@ def attend_blocks(
         gate_JNN = (pairs_NJKN * gate_NJK[..., None]).sum(2).transpose(0, 1)
         gate_JTT = gate_JNN[:, block_T][:, :, block_T]
     return masked_attention(q_THd, k_TJd, v_TJd, mask_JTT, gate_JTT)
+
+
+def attend_clusters(
+    q_THd: Tensor,
+    k_TJd: Tensor,
+    v_TJd: Tensor,
+    offsets_B1: Tensor,
+    cluster_TJ: Tensor,
+    weight_TJ: Tensor,
+    window: int = 0,
+    global_tokens: int = 0,
+) -> Tensor:
+    """(T, H, d): attention under the mask of each KV head's clusters.
+
+    Shares of tokens of one cluster are multiplied by p_ij, the product of their weights; those of
+    tokens that are seen without being of the query's cluster by 1.
+
+    Args:
+        offsets_B1, window, global_tokens: of `generate_mask`.
+        cluster_TJ, weight_TJ: of each token for each KV head.
+    """
+    masks = [cluster_mask(offsets_B1, c_T, window, global_tokens) for c_T in cluster_TJ.T]
+    alike_JTT = cluster_TJ.T[:, :, None] == cluster_TJ.T[:, None, :]
+    gate_JTT = torch.where(alike_JTT, weight_TJ.T[:, :, None] * weight_TJ.T[:, None, :], 1.0)
+    return masked_attention(q_THd, k_TJd, v_TJd, torch.stack(masks), gate_JTT)

@@ -34,12 +34,14 @@ class Chosen(NamedTuple):
     executed: what was computed.
     target_NJK: int32, the key blocks of each query block; None: attention was dense.
     weight_NJK: what each is weighed by; None: 1.
+    losses: of the choice, unscaled, this rank's share; None: it has none.
     """
 
     y_THC: Tensor
     executed: Executed
     target_NJK: Tensor | None = None
     weight_NJK: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class RoutedAttention:

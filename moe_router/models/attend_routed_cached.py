@@ -9,14 +9,13 @@ from torch import Tensor
 
 from moe_router.models.attend_cached import Part, attend_cached
 from moe_router.models.attend_routed import Chosen, Count, Executed, RoutedAttention
+from moe_router.models.attend_slots import AT_ONCE, attend_slots
 from moe_router.models.block_memory import BlockMemory
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn
 from moe_router_kernels import reference
 from moe_router_kernels.paged_op import attend_pages
-
-AT_ONCE = 1 << 26  # numbers gathered from a cache for one product
 
 
 def attend_chosen_pages(
@@ -65,6 +64,7 @@ class CachedRoutedAttention:
         self.routed, self.config, self.cache = routed, routed.config, cache
         if cache.memory is None:
             cache.memory = BlockMemory(self.config.block)
+        assert isinstance(cache.memory, BlockMemory)
         self.memory = cache.memory
 
     def __call__(
@@ -203,27 +203,23 @@ class CachedRoutedAttention:
         weight_TJK: Tensor,
     ) -> tuple[Tensor, Count]:
         """Each token to its own slots, as many tokens at a time as memory bears; and the pairs."""
-        (T, J, K), (_, H, C), size = target_TJK.shape, q_THC.shape, self.config.block
+        (T, J, K), C, size = target_TJK.shape, q_THC.size(2), self.config.block
         pool, device = self.cache.pool, slot_T.device
         if size % pool.slots == 0 and not self.config.gated:
             where = (pool.kv_2NJSC, self.cache.table_BM, row_T, slot_T, target_TJK, size)
             y_THC, seen_TJ = attend_chosen_pages(q_THC, *where)
             return y_THC, lambda: seen_TJ.sum() // J
-        at, head_J1 = torch.arange(size, device=device), torch.arange(J, device=device)[:, None]
-        outs, pairs = [], slot_T.new_zeros(())
+        at, outs, pairs = torch.arange(size, device=device), [], slot_T.new_zeros(())
         token_T, few = torch.arange(T, device=device), max(1, AT_ONCE // (J * K * size * C))
         for part in torch.split(token_T, few):
             target = target_TJK[part]
             slot = (target.clamp(min=0)[..., None] * size + at).flatten(2).long()
             seen = (slot <= slot_T[part, None, None]) & (target >= 0).repeat_interleave(size, -1)
-            page = slot.clamp(max=self.cache.bound - 1) // pool.slots  # past the end is not seen
-            page = self.cache.table_BM[row_T[part, None, None], page]
-            kv = pool.kv_2NJSC[:, page, head_J1, slot % pool.slots]
-            k, v = (reference.wide(x) for x in kv)
-            score = reference.wide(q_THC[part]).view(-1, J, H // J, C) @ k.transpose(2, 3)
-            share = (score * C**-0.5).masked_fill(~seen[:, :, None], float("-inf")).softmax(-1)
+            slot = slot.clamp(max=self.cache.bound - 1)  # past the end is not seen
+            weight = None
             if self.config.gated:
-                share = share * weight_TJK[part].repeat_interleave(size, -1)[:, :, None]
-            outs.append((share @ v).flatten(1, 2).to(q_THC.dtype))
+                weight = weight_TJK[part].repeat_interleave(size, -1)
+            cells = (pool.kv_2NJSC, self.cache.table_BM, row_T[part])
+            outs.append(attend_slots(q_THC[part], *cells, slot, seen, weight))
             pairs = pairs + seen.sum()
         return torch.cat(outs), lambda: pairs // J

@@ -228,11 +228,12 @@ class Backbone(nn.Module):
             for moe, out in zip(self.moes * self.config.loops, output.routed, strict=True)
             if moe is not None and out is not None
         ]
+        scale: dict[str, Tensor | float] = {}
+        if self.config.attention is not None:
+            scale["cluster_balance"] = self.config.attention.balance_loss
         if self.config.routing is not None:
-            scale: dict[str, Tensor | float] = {**self.config.routing.loss_scale}
-            if self.budget is not None:
-                scale["cost"] = self.budget.weight
-            terms += [
-                scale[name] * loss for losses in output.depth for name, loss in losses.items()
-            ]
+            scale |= self.config.routing.loss_scale
+        if self.budget is not None:
+            scale["cost"] = self.budget.weight
+        terms += [scale[name] * loss for losses in output.depth for name, loss in losses.items()]
         return torch.stack(terms).sum() if terms else self.norm.weight.new_zeros(())

@@ -35,6 +35,7 @@ class BlockOutput(NamedTuple):
         None: they did not.
     received_T: how much attention came to each token; None: nobody asks.
     attended: what routed attention computed; None: it was dense.
+    losses: of its choice; None: it has none.
     """
 
     x_TD: Tensor
@@ -45,6 +46,7 @@ class BlockOutput(NamedTuple):
     stream: Stream | None = None
     received_T: Tensor | None = None
     attended: Executed | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class Block(nn.Module):
@@ -66,7 +68,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, layer, kernels)
+        total = (dispatcher or Local()).total
+        self.attention = Attention(config, layer, kernels, total=total)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp: SwiGLU | None = None
         self.moe: MoE | None = None
@@ -83,7 +86,7 @@ class Block(nn.Module):
             self.mlp = SwiGLU(config.dim, config.hidden)
         self.skip: Skip | None = None
         if config.routing is not None and config.routes(layer, "skip"):
-            self.skip = Skip(config.dim, config.routing, total=(dispatcher or Local()).total)
+            self.skip = Skip(config.dim, config.routing, total=total)
         self.leap: Leap | None = None
         if config.routing is not None and config.routes(layer, "leap"):
             self.leap = Leap(config.dim, config.routing)
@@ -122,7 +125,7 @@ class Block(nn.Module):
             x_TD = x_TD + attended.out_TD
             delta_TD, routed = self._feed(x_TD, stream, context)
             out = BlockOutput(x_TD + delta_TD, routed, received_T=attended.received_T)
-            return out._replace(attended=attended.executed)
+            return out._replace(attended=attended.executed, losses=attended.losses)
         asked = Tokens(x_TD if asked_TD is None else asked_TD, position_T, packing.offsets_B1)
         if packing.fixed:
             return self._in_place(stream, *chooser.decide(asked, context), cache, context)
@@ -133,7 +136,8 @@ class Block(nn.Module):
         inside = context.part("block").within(kept.plan)
         delta_RD, routed = self._feed(rows.x_TD + attention_RD, rows, inside)
         delta_TD = scatter(attention_RD + delta_RD, choice, kept)
-        return BlockOutput(x_TD + delta_TD, routed, choice, kept, attended=attended.executed)
+        out = BlockOutput(x_TD + delta_TD, routed, choice, kept, attended=attended.executed)
+        return out._replace(losses=attended.losses)
 
     def _in_place(
         self,
@@ -168,7 +172,7 @@ class Block(nn.Module):
         size_T = stream.size_T if self.weighs else None  # else it is for the pooling alone
         here = (stream.turn, stream.packing, cache, size_T)
         attended: Attended = self.attention(
-            normed_TD, *here, count_received=self.counts_received, step=context.step
+            normed_TD, *here, count_received=self.counts_received, context=context
         )
         return attended
 

@@ -34,3 +34,11 @@ class Cache(Protocol):
 
     @property
     def layers(self) -> Sequence[CachedLayer]: ...
+
+
+class Memory(Protocol):
+    """What routed attention keeps beside the keys and values of a layer."""
+
+    def keep(self, row_B: Tensor) -> None:
+        """Hold only these sequences, in that order."""
+        ...

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_router.errors import ConfigError
 from moe_router.models.attend import attend_packed
 from moe_router.models.attend_cached import attend_cached
-from moe_router.models.block_memory import BlockMemory
+from moe_router.models.cached import Memory
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn
 from moe_router.models.transfer import upload
@@ -83,7 +83,7 @@ class LayerCache:
 
     def __init__(self, pool: Pages, sequences: int) -> None:
         self.pool = pool
-        self.memory: BlockMemory | None = None
+        self.memory: Memory | None = None
         self.lengths = [0] * sequences
         self._pages: list[list[int]] = [[] for _ in range(sequences)]
         self._host_BM = np.zeros((sequences, 1), np.int32)

@@ -28,7 +28,7 @@ class Passed:
         tokens: that came in.
         first_TD, before_TD: the states before the first block, and before the last one that ran.
         routed: what each block's experts did; None for a dense block.
-        depth: the losses of each router in depth, unscaled; this rank's share.
+        depth: the losses of each router in depth or in attention, unscaled; this rank's share.
         halted: how each token halted, and its output; None without halting.
     """
 
@@ -61,6 +61,8 @@ class Passed:
         self.routed.append(out.routed)
         if out.choice is not None:
             self.depth.append(out.choice.losses)
+        if out.losses:
+            self.depth.append(out.losses)
 
     def merge(self, slots: Stream, merged: Merged) -> None:
         """Tokens merged inside a block."""

@@ -224,7 +224,7 @@ def test_group_weights(name, transposed, tmp_path):
 
 ATTEND = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "grad_q_ptr"], HALF)
 ATTEND |= dict.fromkeys(["grad_k_ptr", "grad_v_ptr"], HALF)
-ATTEND |= dict.fromkeys(["lse_ptr", "dot_ptr", "gate_ptr", "grad_gate_ptr"], FLOATS)
+ATTEND |= dict.fromkeys(["lse_ptr", "dot_ptr", "grad_lse_ptr", "gate_ptr", "grad_gate_ptr"], FLOATS)
 ATTEND |= dict.fromkeys(["first_ptr", "last_ptr", "target_ptr", "count_ptr"], INTS)
 ATTEND |= dict.fromkeys(["block_ptr", "offsets_ptr"], INTS) | {"scale": "fp32"}
 ATTEND |= dict.fromkeys(["T", "H", "J", "K"], "i32")

@@ -17,11 +17,14 @@ def model_with(**how):
     return small_model(attention=config, vocab=400, **sizes)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_values_and_gradients_are_those_of_the_cpu(gated):
+CLUSTERS = {"select": "clusters", "router": "linear", "clusters": 4, "global_tokens": 2}
+
+
+@pytest.mark.parametrize("how", [{}, {"gated": True}, CLUSTERS, CLUSTERS | {"gated": True}])
+def test_values_and_gradients_are_those_of_the_cpu(how):
     batch, results = packed(LENGTHS, vocab=400), []
     for device in ("cpu", "cuda"):
-        model = model_with(gated=gated).to(device)
+        model = model_with(**how).to(device)
         out = model(*(x.to(device) for x in batch[:2]), batch[2]).logits_TV
         grads = torch.autograd.grad(out.square().sum(), [*model.parameters()])
         results.append([x.detach().cpu() for x in (out, *grads)])
@@ -29,8 +32,9 @@ def test_values_and_gradients_are_those_of_the_cpu(gated):
         assert (ours - wanted).norm() < 1e-3 * wanted.norm()
 
 
-def test_a_suffix_changes_nothing_before_it_in_16_bit():
-    model = model_with().cuda().bfloat16().eval()
+@pytest.mark.parametrize("how", [{}, CLUSTERS])
+def test_a_suffix_changes_nothing_before_it_in_16_bit(how):
+    model = model_with(**how).cuda().bfloat16().eval()
     ids, position, offsets = (x.cuda() for x in packed([330], vocab=400))
     with torch.no_grad():
         before = model(ids, position, offsets.cpu()).logits_TV
@@ -39,8 +43,9 @@ def test_a_suffix_changes_nothing_before_it_in_16_bit():
     assert torch.equal(after[:150], before[:150]) and not torch.equal(after[150:], before[150:])
 
 
-def test_decoding_is_one_pass_over_the_text():
-    model = model_with(gated=True).cuda().eval()
+@pytest.mark.parametrize("how", [{"gated": True}, CLUSTERS])
+def test_decoding_is_one_pass_over_the_text(how):
+    model = model_with(**how).cuda().eval()
     ids, position, _ = (x.cuda() for x in packed([100], vocab=400))
     cache, got = KVCache(3, 1), []
     with torch.no_grad():

@@ -1,0 +1,76 @@
+"""Attention to the tokens right before a query and to the first ones of its sequence, but for those
+of its own cluster: what `cluster_attention` adds to clusters. Plain torch: a block of queries
+gathers a band of keys; no pair beyond it is computed."""
+
+import torch
+from torch import Tensor
+
+from moe_router_kernels.reference import wide
+
+NONE = -1e30  # score of no key: finite, or its gradient would be NaN
+
+
+class Band:
+    """Which keys the queries of each block look through; N blocks, Q queries, S keys.
+
+    Args:
+        first_N, last_N: int32, where each block begins and ends; none is longer than `block`.
+        low_N: int32, where its sequence begins.
+
+    Attributes:
+        query_NQ, key_NS: int64, tokens; past the end of the block, or none, any.
+        live_NQ: bool, which queries exist.
+    """
+
+    def __init__(
+        self,
+        first_N: Tensor,
+        last_N: Tensor,
+        low_N: Tensor,
+        block: int,
+        window: int,
+        global_tokens: int,
+    ) -> None:
+        device = first_N.device
+        first_N1, last_N1, low_N1 = (x.long()[:, None] for x in (first_N, last_N, low_N))
+        query_NQ = first_N1 + torch.arange(block, device=device)
+        near_NS = first_N1 + torch.arange(-window, block, device=device)
+        begin_NS = low_N1 + torch.arange(global_tokens, device=device)
+        self.live_NQ = query_NQ < last_N1
+        # the first tokens, where the band does not hold them
+        there = (near_NS >= low_N1) & (near_NS < last_N1), begin_NS < first_N1 - window
+        key_NS, there_NS = torch.cat([near_NS, begin_NS], 1), torch.cat(there, 1)
+        behind_NQS = query_NQ[:, :, None] - key_NS[:, None]
+        first_NS = key_NS < low_N1 + global_tokens
+        seen_NQS = (behind_NQS >= 0) & ((behind_NQS <= window) | first_NS[:, None])
+        self._seen_NQS = seen_NQS & there_NS[:, None] & self.live_NQ[:, :, None]
+        # what is not there may lie anywhere: it is not seen
+        self.query_NQ = torch.where(self.live_NQ, query_NQ, first_N1)
+        self.key_NS = torch.where(there_NS, key_NS, first_N1)
+
+    def seen(self, cluster_TJ: Tensor) -> Tensor:
+        """(N, J, Q, S) bool: near or global, and of another cluster."""
+        of_query, of_key = (cluster_TJ[x].transpose(1, 2) for x in (self.query_NQ, self.key_NS))
+        return self._seen_NQS[:, None] & (of_query[..., None] != of_key[:, :, None])
+
+
+def attend_near(
+    q_THd: Tensor, k_TJd: Tensor, v_TJd: Tensor, cluster_TJ: Tensor, band: Band
+) -> tuple[Tensor, Tensor]:
+    """(T, H, d), and (T, H), the log of the sum of the exponentials of a query's scores: about
+    -1e30 where it sees nobody.
+
+    Args:
+        cluster_TJ: the cluster of each token for each KV head.
+    """
+    (_, H, d), J = q_THd.shape, k_TJd.size(1)
+    N, block = band.query_NQ.shape
+    G = H // J
+    q_NJXd = q_THd[band.query_NQ].view(N, block, J, G * d).transpose(1, 2).reshape(N, J, -1, d)
+    k_NJSd, v_NJSd = (wide(x[band.key_NS].transpose(1, 2)) for x in (k_TJd, v_TJd))
+    score = (wide(q_NJXd) @ k_NJSd.transpose(2, 3) * d**-0.5).view(N, J, block, G, -1)
+    score = score.masked_fill(~band.seen(cluster_TJ)[:, :, :, None], NONE)
+    y_NJQGd = score.softmax(-1).flatten(2, 3) @ v_NJSd
+    y_NQHd = y_NJQGd.view(N, J, block, G * d).transpose(1, 2).reshape(N, block, H, d)
+    lse_NQH = score.logsumexp(-1).transpose(1, 2).reshape(N, block, H)
+    return y_NQHd[band.live_NQ], lse_NQH[band.live_NQ]
