@@ -12,6 +12,9 @@ from moe_router.config import require
 from moe_router.models.transfer import upload
 from moe_router_kernels import reference
 
+MOST = 2**31 - 1  # of top_k: more than any vocabulary, and an integer of the device
+LEAST = 1e-30  # of top_p and temperature: above 0 in fp32, and logits over it are finite
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -32,7 +35,7 @@ class Sampling:
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        require(0 <= self.top_k <= MOST, "top_k", self.top_k, f"0 (all) to {MOST}")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "0 < top_p <= 1")
 
 
@@ -67,9 +70,9 @@ class Draws:
     @classmethod
     def of(cls, samplings: Sequence[Sampling], device: torch.device) -> "Draws":
         # a sum of rounded probabilities may pass 1 before the last token
-        top_p = [one.top_p if one.top_p < 1 else 2.0 for one in samplings]
+        top_p = [max(one.top_p, LEAST) if one.top_p < 1 else 2.0 for one in samplings]
         top_k = [one.top_k or 1 << 40 for one in samplings]
-        temperature = [one.temperature for one in samplings]
+        temperature = [one.temperature and max(one.temperature, LEAST) for one in samplings]
         return cls(
             upload(torch.tensor(temperature, dtype=torch.float32)[:, None], device),
             upload(torch.tensor(top_k)[:, None], device),

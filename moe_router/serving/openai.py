@@ -1,5 +1,5 @@
 """HTTP in OpenAI's format: /v1/completions and /v1/chat/completions, streamed or whole, /v1/models,
-/metrics for Prometheus, and /health."""
+/metrics for Prometheus, /health, and /openapi.json."""
 
 import asyncio
 import json
@@ -25,6 +25,7 @@ from moe_router.serving.openai_types import (
     error_body,
     usage,
 )
+from moe_router.serving.openapi import document
 from moe_router.serving.requests import Piece
 from moe_router.serving.service import Service
 
@@ -42,7 +43,8 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     Args:
         token: asked of every route but /health; None: see `Guard`.
     """
-    # no pages of documentation: they would load scripts from elsewhere
+    # no pages of documentation: they would load scripts from elsewhere; its own document knows
+    # nothing of bodies that are read here
     app = FastAPI(title="moe-router", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, token=token)
     for kind in (MoeRouterError, HTTPException):
@@ -50,6 +52,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     app.add_exception_handler(Exception, _answer_error)
     front = _Front(service)
     app.add_api_route("/health", front.health, methods=["GET"])
+    app.add_api_route("/openapi.json", front.document, methods=["GET"])
     app.add_api_route("/metrics", front.metrics, methods=["GET"])
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/completions", front.completions, methods=["POST"])
@@ -68,6 +71,9 @@ class _Front:
             return JSONResponse({"status": "ok", "model": health.model})
         body = {"status": "unavailable", "model": health.model, "reason": health.reason}
         return JSONResponse(body, 503, {"Retry-After": str(_RETRY_S)})
+
+    async def document(self) -> Response:
+        return JSONResponse(document(self._service.model))
 
     async def metrics(self) -> Response:
         return Response(await self._service.metrics(), media_type=CONTENT_TYPE)

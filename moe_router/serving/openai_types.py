@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_router.errors import ConfigError
+from moe_router.models.sampling import MOST
 from moe_router.serving.requests import Ask, Piece, Said
 
 _Id = Annotated[int, Field(ge=0)]
@@ -38,7 +39,7 @@ class Common(Strict):
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None  # not OpenAI's; 0 is off
+    top_k: Annotated[int, Field(ge=0, le=MOST)] | None = None  # not OpenAI's; 0 is off
     seed: int | None = None
     # not OpenAI's either: see `Ask.compute_budget`
     compute_budget: Annotated[float, Field(ge=0, le=1)] | None = None

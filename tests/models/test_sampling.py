@@ -73,10 +73,25 @@ def test_noise_is_named_by_seed_prompt_and_step():
     [
         ({"temperature": -1.0}, r"temperature=-1.0: want 0 or more"),
         ({"top_p": 0.0}, r"top_p=0.0: want 0 < top_p <= 1"),
-        ({"top_k": -1}, r"top_k=-1: want 0 \(all\) or more"),
+        ({"top_k": -1}, r"top_k=-1: want 0 \(all\) to 2147483647"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0: want 1 or more"),
     ],
 )
 def test_impossible_settings_are_refused(setting, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**setting)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-45}, {"temperature": 5e-324}, {"top_p": 5e-324}]
+)
+def test_what_is_all_but_zero_takes_the_likeliest_token(settings):
+    logits_BV = torch.tensor([[1.0, -90.0, 3.0, 2.0]])
+    draws = Draws.of([Sampling(**{"temperature": 1.0} | settings)], CPU)
+    for uniform in (0.0, 0.5, 1 - 2.0**-24):
+        assert sample(logits_BV, torch.tensor([uniform]), draws).tolist() == [2]
+
+
+def test_a_rank_past_every_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match=r"top_k=2147483648: want 0 \(all\) to 2147483647"):
+        Sampling(top_k=2**31)
