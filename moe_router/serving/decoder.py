@@ -183,12 +183,13 @@ class Decoder:
 
     def _score(self, row: Row, token: int | None, logits_NV: Tensor) -> None:
         """Remember the scores of the prompt, if it is echoed, and of the token that was drawn, if
-        it is text."""
+        it is text; after an echo in any case, for who reads one cuts the last score off."""
         asked = row.request
         assert asked.logprobs is not None
         if asked.echo and not asked.made and row.held < len(asked.prompt):
             row.scores += score_prompt(logits_NV, asked.prompt, row.held, asked.logprobs)
-        if token is not None and not asked.reads_only and token != self._stop_id:
+        told = asked.echo or token != self._stop_id
+        if token is not None and not asked.reads_only and told:
             row.scores += score(logits_NV[-1:], [token], asked.logprobs)
 
     def _advance(self, row: Row, token: int) -> Event:

@@ -4,6 +4,9 @@ import openai
 import pytest
 import torch
 
+from moe_router.models import Sampling
+from moe_router.serving.decoder import Decoder
+from moe_router.serving.requests import Request, Work
 from tests.serving.web import MODEL, STOP, complete, served
 from tests.serving.work import TOKENIZER
 
@@ -59,6 +62,17 @@ def test_the_score_of_a_continuation_is_what_a_harness_cuts_out(port):
     table_TV = logprobs(context + continuation)
     wanted = [float(table_TV[2, 67]), float(table_TV[3, 68])]
     assert cut == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_a_stop_token_is_scored_after_an_echo_alone(echo):
+    """Else a harness would cut off the score of the last token of the continuation."""
+    ids = (84, 104, 101)
+    likeliest = int(logprobs(ids)[-1].argmax())
+    asked = Request(0, ids, Sampling(max_new_tokens=1, temperature=0.0), logprobs=1, echo=echo)
+    (event,) = Decoder(MODEL, stop_id=likeliest).step(Work((asked,)))
+    assert (event.token, event.finish) == (None, "stop")
+    assert [one.token for one in event.scores] == ([*ids, likeliest] if echo else [])
 
 
 def test_the_official_client_works_unchanged(port):
