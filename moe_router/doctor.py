@@ -23,6 +23,7 @@ PACKAGES = {
     "torch": "2.11",
     "ray": "2.60",
     "grpcio": "1.84",
+    "grpcio-reflection": "1.84",
     "protobuf": "7.35",
     "fastapi": "0.165",
     "uvicorn": "0.54",

@@ -8,35 +8,16 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from moe_router.errors import GatingError, StaleEpochError, UnknownRouterError
-from moe_router.gating_records import RouterWeights, Snapshot
+from moe_router.errors import StaleEpochError, UnknownRouterError
+from moe_router.gating_records import Load, RouterWeights, Snapshot, need
+from moe_router.gating_route import Decision, checked_tokens, decide
 from moe_router.placement import Placement
-from moe_router.routing import Router, make_plan
-from moe_router.routing.decide import capacity
-from moe_router.types import Choice, Plan, Tokens
-from moe_router_kernels import reference
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Decision:
-    """What `route` answers.
-
-    Attributes:
-        choice, plan: as a routed layer makes them.
-        capacity: most rows an expert takes of this batch; None is dropless.
-        position_TK: int32, place of each choice among its expert's rows; -1 is dropped or none.
-    """
-
-    epoch: int
-    choice: Choice
-    plan: Plan
-    capacity: int | None
-    position_TK: Tensor
+from moe_router.routing import Router
 
 
 class GatingService:
@@ -58,8 +39,8 @@ class GatingService:
         heartbeat_timeout_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _need(0 <= decay < 1, "decay", decay, "0 <= decay < 1")
-        _need(heartbeat_timeout_s > 0, "heartbeat_timeout_s", heartbeat_timeout_s, "above 0 s")
+        need(0 <= decay < 1, "decay", decay, "0 <= decay < 1")
+        need(heartbeat_timeout_s > 0, "heartbeat_timeout_s", heartbeat_timeout_s, "above 0 s")
         self._decay, self._timeout_s, self._clock = decay, heartbeat_timeout_s, clock
         self._changed = threading.Condition()
         self._seen: dict[int, float] = {}  # by rank, when it was last heard of
@@ -89,16 +70,16 @@ class GatingService:
             GatingError: a router of other experts than the placement's, twice the same router,
                 weights that do not fit, or a factor that is not above 0.
         """
-        _need(epoch >= 1 and step >= 0, "epoch, step", (epoch, step), "epoch >= 1, step >= 0")
+        need(epoch >= 1 and step >= 0, "epoch, step", (epoch, step), "epoch >= 1, step >= 0")
         finite = capacity_factor is None or 0 < capacity_factor < math.inf
-        _need(finite, "capacity_factor", capacity_factor, "above 0, or None for dropless")
+        need(finite, "capacity_factor", capacity_factor, "above 0, or None for dropless")
         ordered = sorted(routers, key=lambda router: router.key)
         for router in ordered:
             found, E = router.config.experts, placement.experts
-            _need(found == E, f"experts of {router.name}", found, f"{E} (placement)")
+            need(found == E, f"experts of {router.name}", found, f"{E} (placement)")
         ordered = [router.limited(capacity_factor) for router in ordered]
         built = {router.key: router.build().eval() for router in ordered}
-        _need(len(built) == len(ordered), "routers", len(ordered), "each model and layer once")
+        need(len(built) == len(ordered), "routers", len(ordered), "each model and layer once")
         with self._changed:
             present = self._agreed
             if epoch < present.epoch:
@@ -118,12 +99,19 @@ class GatingService:
         with self._changed:
             return self._present()
 
+    def load(self) -> Load:
+        """What a snapshot says of this moment, without what was agreed: small, at any size."""
+        with self._changed:
+            now = self._present()
+        names = tuple(router.name for router in now.routers)
+        return Load(now.epoch, now.step, now.alive, names, now.load_LE)
+
     def watch(self, after_epoch: int, timeout_s: float) -> Snapshot | None:
         """Wait until an epoch other than `after_epoch` is published; None if none was in time.
 
         With after_epoch=0 that is the present one; a service that started again has none.
         """
-        _need(timeout_s >= 0, "timeout_s", timeout_s, "0 s or more")
+        need(timeout_s >= 0, "timeout_s", timeout_s, "0 s or more")
         with self._changed:
             known = (0, after_epoch)
             came = self._changed.wait_for(lambda: self._agreed.epoch not in known, timeout_s)
@@ -141,7 +129,7 @@ class GatingService:
             if present.epoch == 0:
                 raise StaleEpochError(f"rank {rank}: nothing is published yet; try again later")
             ranks = present.placement.ranks
-            _need(0 <= rank < ranks, "rank", rank, f"0..{ranks - 1} (placement)")
+            need(0 <= rank < ranks, "rank", rank, f"0..{ranks - 1} (placement)")
             if rank not in self._alive():
                 self._load.pop(rank, None)  # what it chose before it was silent is old
             self._seen[rank] = self._clock()
@@ -161,15 +149,14 @@ class GatingService:
         with self._changed:
             self._need_epoch(f"load of rank {rank}", epoch, self.heartbeat(rank))
             want, got = tuple(self._agreed.load_LE.shape), tuple(load_LE.shape)
-            _need(got == want, f"load of rank {rank}", got, f"layers x experts {want}")
+            need(got == want, f"load of rank {rank}", got, f"layers x experts {want}")
             new_LE = load_LE.detach().to("cpu", torch.float32, copy=True)
             sound = bool((torch.isfinite(new_LE) & (new_LE >= 0)).all())
-            _need(sound, f"load of rank {rank}", "NaN, infinite or negative", "counts")
+            need(sound, f"load of rank {rank}", "NaN, infinite or negative", "counts")
             if rank in self._load:
                 new_LE = self._decay * self._load[rank] + (1 - self._decay) * new_LE
             self._load[rank] = new_LE
 
-    @torch.no_grad()
     def route(
         self, model: str, layer: int, epoch: int, x_TD: Tensor, offsets_B1: Tensor | None = None
     ) -> Decision:
@@ -192,14 +179,8 @@ class GatingService:
             known = ", ".join(r.name for r in agreed.routers) or "none"
             raise UnknownRouterError(f"router {model}/{layer}: not published; there are: {known}")
         dim = next(r.dim for r in agreed.routers if r.key == (model, layer))
-        tokens = _tokens(f"{model}/{layer}", x_TD, dim, offsets_B1)
-        choice, config = router(tokens), router.config
-        bounded = config.policy == "expert_choice" or config.capacity_factor is not None
-        limit = capacity(x_TD.size(0), config) if bounded else None
-        plan = make_plan(
-            choice, config.experts, capacity=limit, drop=config.drop, position_T=tokens.position_T
-        )
-        return Decision(epoch, choice, plan, limit, _positions(choice, plan))
+        tokens = checked_tokens(f"{model}/{layer}", x_TD, dim, offsets_B1)
+        return decide(epoch, router, tokens)
 
     def _present(self) -> Snapshot:
         alive = self._alive()
@@ -220,31 +201,3 @@ class GatingService:
     def _need_epoch(self, where: str, got: int, want: int) -> None:
         if got != want:
             raise StaleEpochError(f"{where}: epoch {got}, want {want}; take the present snapshot")
-
-
-def _tokens(where: str, x_TD: Tensor, dim: int, offsets_B1: Tensor | None) -> Tokens:
-    """Checked, with the positions that the bounds give."""
-    fits = x_TD.dim() == 2 and x_TD.size(1) == dim
-    _need(fits, f"x_TD for {where}", tuple(x_TD.shape), f"(T, {dim})")
-    known = x_TD.dtype in (torch.float32, torch.bfloat16)
-    _need(known, f"x_TD for {where}", x_TD.dtype, "float32 or bfloat16")
-    _need(bool(x_TD.isfinite().all()), f"x_TD for {where}", "NaN or infinite", "finite values")
-    T = x_TD.size(0)
-    bounds = torch.tensor([0, T]) if offsets_B1 is None else offsets_B1.to("cpu", torch.int64)
-    sound = bounds.dim() == 1 and bounds.numel() >= 2 and int(bounds[0]) == 0
-    sound = sound and int(bounds[-1]) == T and bool((bounds.diff() >= 0).all())
-    shown = bounds.flatten()[:8].tolist()
-    _need(sound, f"offsets_B1 for {where}", shown, f"0, ascending, and {T} at the end")
-    position_T = torch.arange(T) - bounds[reference.sequence_of(bounds, T)]
-    return Tokens(x_TD, position_T.int(), bounds.int())
-
-
-def _positions(choice: Choice, plan: Plan) -> Tensor:
-    """(T, K) int32: rows of an expert lie together, so the row less the expert's first one."""
-    first_TK = plan.offsets_G1[choice.target_TK.clamp(min=0).long()]
-    return torch.where(plan.row_TK < 0, -1, plan.row_TK - first_TK)
-
-
-def _need(holds: bool, where: str, got: object, want: str) -> None:
-    if not holds:
-        raise GatingError(f"{where}: got {got}, want {want}")

@@ -97,3 +97,30 @@ class Snapshot:
     routers: tuple[RouterWeights, ...]
     alive: tuple[int, ...]
     load_LE: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Load:
+    """What a `Snapshot` says of this moment; names as there.
+
+    Attributes:
+        routers: MODEL/LAYER of each row of load_LE.
+    """
+
+    epoch: int
+    step: int
+    alive: tuple[int, ...]
+    routers: tuple[str, ...]
+    load_LE: Tensor
+
+    @property
+    def skew_L(self) -> Tensor:
+        """Load of the busiest expert over the mean; 1 is even, 0 is none at all."""
+        mean_L = self.load_LE.mean(1)
+        return (self.load_LE.amax(1) / mean_L).where(mean_L > 0, 0.0)
+
+
+def need(holds: bool, where: str, got: object, want: str) -> None:
+    """Refuse in one line what the gating service was asked or told."""
+    if not holds:
+        raise GatingError(f"{where}: got {got}, want {want}")

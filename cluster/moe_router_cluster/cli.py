@@ -101,7 +101,7 @@ def serve(
     run: Run,
     port: Annotated[int, typer.Option(help="of HTTP", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0: any that is free", min=0, max=65535)] = 8001,
-    host: Annotated[str, typer.Option(help="others than loopback need a token")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="others need a token and TLS")] = "127.0.0.1",
     token_file: Annotated[
         Path | None, typer.Option(help="holds the bearer token; default: $MOE_ROUTER_TOKEN")
     ] = None,
@@ -109,6 +109,9 @@ def serve(
         Path | None, typer.Option(help="PEM, of HTTP and gRPC; with --tls-key")
     ] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="no TLS for others: a mesh or a proxy encrypts")
+    ] = False,
     actors: Annotated[int | None, typer.Option(help="default: the run's", min=1)] = None,
     set_: Set = None,
 ) -> None:
@@ -126,6 +129,7 @@ def serve(
             token_file=None if token_file is None else str(token_file),
             tls_certificate=None if tls_certificate is None else str(tls_certificate),
             tls_key=None if tls_key is None else str(tls_key),
+            insecure=insecure,
         )
         try:
             answer(arguments, port, Console())

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moe_router.config import ClusterConfig, Config
 from moe_router.errors import ClusterError, MoeRouterError, StaleEpochError
-from moe_router.gating import Decision, GatingService
-from moe_router.gating_records import Snapshot
+from moe_router.gating import GatingService
+from moe_router.gating_records import Load, Snapshot
+from moe_router.gating_route import Decision
 from moe_router_cluster.resources import actor_environment
 
 _ray: Any = ray  # half of its functions have no types
@@ -165,6 +166,10 @@ class RayGating:
     def __init__(self, run: str) -> None:
         self._run = run
         self._known: Any = None  # a lost one that Ray starts again keeps its handle
+
+    async def load(self) -> Load:
+        found: Load = await self._answer(self._actor().load.remote())
+        return found
 
     async def watch(self, after_epoch: int, timeout_s: float) -> Snapshot | None:
         watch = self._actor().watch.options(concurrency_group="watch")

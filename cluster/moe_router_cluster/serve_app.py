@@ -108,7 +108,12 @@ class GrpcFront:
             router_adder(await _gating(engine, plan.model)),
         ]
         self._server, self._port = await serve_grpc(
-            adders, host=plan.host, port=plan.grpc_port, token=plan.token, tls=plan.tls
+            adders,
+            host=plan.host,
+            port=plan.grpc_port,
+            token=plan.token,
+            tls=plan.tls,
+            insecure=plan.insecure,
         )
 
     async def port(self) -> int:

@@ -15,7 +15,7 @@ from moe_router.errors import ConfigError
 from moe_router.models import CausalLM
 from moe_router.models.generate import require_causal
 from moe_router.run_path import find_run
-from moe_router.serving.grpc_server import Tls, is_loopback
+from moe_router.serving.exposure import Tls, is_loopback, require_guarded
 from moe_router.training.checkpoint_files import STATE, read_about
 from moe_router.training.data import load_tokenizer
 
@@ -30,13 +30,14 @@ class ServeArguments:
         run: runs/NAME, or one of its steps; a path that every node knows.
         actors: ranks; None takes as many as the run was trained on.
         set: "a.b=value" over the run's config: `cluster` and `serve` alone.
-        host: where the gRPC server listens; anything but loopback needs a token.
+        host: where the gRPC server listens; anything but loopback needs a token, and TLS.
         grpc_port: 0 lets the system choose.
         token_file: holds the bearer token; None reads MOE_ROUTER_TOKEN.
         page: a page for people at /.
         chaos: whoever sees it may kill shards; on loopback alone.
         tls_certificate, tls_key: PEM files of HTTP and gRPC, the chain and its private key; None
             is plain text. A file for `serve deploy` names them in `http_options` as well.
+        insecure: other addresses than loopback without TLS, for something else encrypts.
     """
 
     run: str
@@ -49,6 +50,7 @@ class ServeArguments:
     chaos: bool = False
     tls_certificate: str | None = None
     tls_key: str | None = None
+    insecure: bool = False
 
     @classmethod
     def of(cls, args: dict[str, Any]) -> "ServeArguments":
@@ -67,6 +69,7 @@ class ServePlan:
     folder: where relative paths of `data` start.
     token: never shown; None lets only this machine in.
     tls: of HTTP and gRPC; None is plain text.
+    insecure: the address needs no TLS.
     """
 
     config: Config
@@ -78,6 +81,7 @@ class ServePlan:
     page: bool = False
     chaos: bool = False
     tls: Tls | None = None
+    insecure: bool = False
 
     @property
     def model(self) -> str:
@@ -92,14 +96,8 @@ def make_plan(arguments: ServeArguments) -> ServePlan:
         NotCausalError: the model looks at later tokens.
         MoeRouterError: no run, no checkpoint, a wrong override, or a host open to strangers.
     """
-    token = read_token(arguments.token_file)
-    if token is None:
-        require(
-            is_loopback(arguments.host),
-            "host",
-            arguments.host,
-            f"a token where others can connect: --token-file, or {TOKEN_VARIABLE}",
-        )
+    token, tls = read_token(arguments.token_file), _tls(arguments)
+    require_guarded("host", arguments.host, token=token, tls=tls, insecure=arguments.insecure)
     local = is_loopback(arguments.host) or not arguments.chaos
     require(local, "chaos", f"host {arguments.host}", "a loopback host: the page can kill shards")
     step_dir = find_run(Path(arguments.run)).step.absolute()
@@ -115,7 +113,8 @@ def make_plan(arguments: ServeArguments) -> ServePlan:
         token=token,
         page=arguments.page,
         chaos=arguments.chaos,
-        tls=_tls(arguments),
+        tls=tls,
+        insecure=arguments.insecure,
     )
 
 

@@ -18,7 +18,8 @@ from moe_router.serving.service import Service
 
 def generation_adder(service: Service) -> Adder:
     """For `serve_grpc`: the service `Generation` over `service`."""
-    return partial(add_GenerationServicer_to_server, GenerationFront(service))
+    add = partial(add_GenerationServicer_to_server, GenerationFront(service))
+    return Adder("moe_router.v1.Generation", add)
 
 
 class GenerationFront(GenerationServicer):

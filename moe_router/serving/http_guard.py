@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
 
-from moe_router.serving.grpc_server import is_loopback
+from moe_router.serving.exposure import is_loopback
 from moe_router.serving.openai_types import error_body
 
 _Scope = MutableMapping[str, Any]

@@ -46,6 +46,28 @@ class Snapshot(_message.Message):
     routers: _containers.RepeatedCompositeFieldContainer[RouterWeights]
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., capacity_factor: _Optional[float] = ..., alive: _Optional[_Iterable[int]] = ..., load_LE: _Optional[_Union[Matrix, _Mapping]] = ..., routers: _Optional[_Iterable[_Union[RouterWeights, _Mapping]]] = ...) -> None: ...
 
+class InspectRequest(_message.Message):
+    __slots__ = ("every_ms",)
+    EVERY_MS_FIELD_NUMBER: _ClassVar[int]
+    every_ms: int
+    def __init__(self, every_ms: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("epoch", "step", "alive", "routers", "load_LE", "skew_L")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_LE_FIELD_NUMBER: _ClassVar[int]
+    SKEW_L_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    alive: _containers.RepeatedScalarFieldContainer[int]
+    routers: _containers.RepeatedScalarFieldContainer[str]
+    load_LE: Matrix
+    skew_L: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., alive: _Optional[_Iterable[int]] = ..., routers: _Optional[_Iterable[str]] = ..., load_LE: _Optional[_Union[Matrix, _Mapping]] = ..., skew_L: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class Placement(_message.Message):
     __slots__ = ("experts", "ranks")
     class Rank(_message.Message):

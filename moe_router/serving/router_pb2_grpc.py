@@ -40,6 +40,11 @@ class RouterStub:
                 request_serializer=moe__router_dot_serving_dot_router__pb2.WatchSnapshotRequest.SerializeToString,
                 response_deserializer=moe__router_dot_serving_dot_router__pb2.Snapshot.FromString,
                 _registered_method=True)
+        self.Inspect = channel.unary_stream(
+                '/moe_router.v1.Router/Inspect',
+                request_serializer=moe__router_dot_serving_dot_router__pb2.InspectRequest.SerializeToString,
+                response_deserializer=moe__router_dot_serving_dot_router__pb2.Load.FromString,
+                _registered_method=True)
         self.ReportLoad = channel.unary_unary(
                 '/moe_router.v1.Router/ReportLoad',
                 request_serializer=moe__router_dot_serving_dot_router__pb2.ReportLoadRequest.SerializeToString,
@@ -63,6 +68,13 @@ class RouterServicer:
 
     def WatchSnapshot(self, request, context):
         """The present snapshot, then each later one, until the client goes away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inspect(self, request, context):
+        """The load of this moment, again and again, until the client goes away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +108,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.WatchSnapshot,
                     request_deserializer=moe__router_dot_serving_dot_router__pb2.WatchSnapshotRequest.FromString,
                     response_serializer=moe__router_dot_serving_dot_router__pb2.Snapshot.SerializeToString,
+            ),
+            'Inspect': grpc.unary_stream_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=moe__router_dot_serving_dot_router__pb2.InspectRequest.FromString,
+                    response_serializer=moe__router_dot_serving_dot_router__pb2.Load.SerializeToString,
             ),
             'ReportLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportLoad,
@@ -141,6 +158,33 @@ class Router:
             '/moe_router.v1.Router/WatchSnapshot',
             moe__router_dot_serving_dot_router__pb2.WatchSnapshotRequest.SerializeToString,
             moe__router_dot_serving_dot_router__pb2.Snapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_router.v1.Router/Inspect',
+            moe__router_dot_serving_dot_router__pb2.InspectRequest.SerializeToString,
+            moe__router_dot_serving_dot_router__pb2.Load.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,9 +20,10 @@ from moe_router.gating import GatingService
 from moe_router.observability.csv_log import read_rows
 from moe_router.placement import Placement
 from moe_router.serving import router_pb2 as pb
-from moe_router.serving.grpc_router import router_adder, snapshot_of
+from moe_router.serving.grpc_router import router_adder
 from moe_router.serving.grpc_server import serve_grpc
 from moe_router.serving.matrices import from_matrix, to_matrix
+from moe_router.serving.router_messages import snapshot_of
 from moe_router.serving.router_pb2_grpc import RouterStub
 from moe_router_cluster import expert_shard, session
 from moe_router_cluster import train as train_module

@@ -71,10 +71,10 @@ def test_what_is_served_is_what_serve_yaml_serves_but_guarded():
     (app,), (plain,) = there["applications"], here["applications"]
     assert (app["import_path"], app["deployments"]) == (plain["import_path"], plain["deployments"])
     assert app["args"].keys() == plain["args"].keys()
-    token = Path(app["args"]["token_file"])
+    files = {Path(app["args"][key]) for key in ("token_file", "tls_certificate", "tls_key")}
     for template in pods()[2:]:
         mounts = template.values[0]["spec"]["containers"][0]["volumeMounts"]
-        assert str(token.parent) in {mount["mountPath"] for mount in mounts}
+        assert {str(file.parent) for file in files} <= {mount["mountPath"] for mount in mounts}
 
 
 def test_the_image_is_of_the_tested_versions_and_of_no_root():

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from moe_router.errors import ConfigError, NotCausalError
-from moe_router.serving.grpc_server import Tls
+from moe_router.serving.exposure import Tls
 from moe_router.training.loop import Trainer
 from moe_router_cluster.run_folder import open_run
 from moe_router_cluster.serve_plan import ServeArguments, make_plan, read_token
@@ -55,7 +55,7 @@ def test_a_token_is_read_and_never_shown(run, tmp_path, monkeypatch):
     (tmp_path / "token").write_text(" from-file \n")
     monkeypatch.setenv("MOE_ROUTER_TOKEN", "from-variable")
     for file, token in ((str(tmp_path / "token"), "from-file"), (None, "from-variable")):
-        plan = make_plan(ServeArguments(run=run, host="0.0.0.0", token_file=file))
+        plan = make_plan(ServeArguments(run=run, token_file=file))
         assert plan.token == token and token not in repr(plan)
 
 
@@ -80,7 +80,8 @@ def test_what_is_no_token_is_refused(tmp_path, written, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"host": "0.0.0.0"}, "host=0.0.0.0: want a token where others can connect: --token-file"),
+        ({"host": "0.0.0.0"}, "host=0.0.0.0: want a token where others can connect"),
+        ({"host": "::", "insecure": True}, "host=::: want a token where others can connect"),
         ({"set": ("model.layers=9",)}, "--set=model.layers=9: want a key of cluster or serve"),
         ({"actors": 5}, r"cluster.actors=5: want at most 4 \(model.moe.experts\)"),
         ({"set": ("serve.top_p=2",)}, "serve.top_p=2"),
@@ -166,6 +167,19 @@ def test_the_config_file_builds_the_application(run):
     getattr(serve_app, name)(config["args"] | {"run": run})
     built = {serve_app.EngineReplica, serve_app.HttpFront, serve_app.GrpcFront}
     assert {d["name"] for d in config["deployments"]} == {each.__name__ for each in built}
+
+
+def test_others_get_in_by_tls_or_where_that_is_waived(run, tmp_path):
+    (tmp_path / "token").write_text("secret")
+    pem, key = map(str, certificate(tmp_path))
+    mine = {"run": run, "host": "0.0.0.0", "token_file": str(tmp_path / "token")}
+    with pytest.raises(ConfigError, match=r"host=0.0.0.0: want TLS where .*\(--insecure\)") as said:
+        make_plan(ServeArguments(**mine))
+    assert "\n" not in str(said.value)
+    plan = make_plan(ServeArguments(**mine, tls_certificate=pem, tls_key=key))
+    assert plan.tls is not None and not plan.insecure
+    plan = make_plan(ServeArguments(**mine, insecure=True))
+    assert plan.tls is None and plan.insecure
 
 
 def test_tls_wants_a_certificate_and_its_key(run, tmp_path):

@@ -16,8 +16,8 @@ import yaml
 from moe_router.config_file import config_to_dict
 from moe_router.models import Sampling, generate
 from moe_router.serving import router_pb2 as pb
-from moe_router.serving.grpc_router import snapshot_of
 from moe_router.serving.matrices import from_matrix, to_matrix
+from moe_router.serving.router_messages import snapshot_of
 from moe_router.serving.router_pb2_grpc import GenerationStub, RouterStub
 from moe_router.training.inference import load_for_inference
 from tests.cluster.test_cli import marked

@@ -13,9 +13,10 @@ from moe_router.gating_records import RouterWeights
 from moe_router.placement import Placement
 from moe_router.routing import Router
 from moe_router.serving import router_pb2 as pb
-from moe_router.serving.grpc_router import InProcess, router_adder, snapshot_message, snapshot_of
+from moe_router.serving.grpc_router import InProcess, router_adder
 from moe_router.serving.grpc_server import serve_grpc
 from moe_router.serving.matrices import from_matrix, to_matrix
+from moe_router.serving.router_messages import snapshot_message, snapshot_of
 from moe_router.serving.router_pb2_grpc import RouterStub
 from moe_router.types import Tokens
 

@@ -1,6 +1,9 @@
 """The server under the services, over real connections on loopback."""
 
 import asyncio
+import re
+import shutil
+import subprocess
 from functools import partial
 
 import grpc
@@ -15,7 +18,9 @@ from moe_router.errors import (
     UnknownRouterError,
 )
 from moe_router.serving import router_pb2 as pb
-from moe_router.serving.grpc_server import MAX_MESSAGE, Tls, is_loopback, serve_grpc
+from moe_router.serving.exposure import Tls
+from moe_router.serving.grpc_guard import MAX_MESSAGE
+from moe_router.serving.grpc_server import Adder, serve_grpc
 from moe_router.serving.router_pb2_grpc import (
     GenerationServicer,
     GenerationStub,
@@ -45,11 +50,15 @@ class Echo(GenerationServicer):
         yield pb.GenerateEvent(finish_reason="stop")
 
 
+def added(servicer):
+    return Adder("moe_router.v1.Generation", partial(add_GenerationServicer_to_server, servicer))
+
+
 def talk(client, *, wrong=None, **options):
     """Serve Echo and run `client(channel)`."""
 
     async def go():
-        add = partial(add_GenerationServicer_to_server, Echo(wrong))
+        add = added(Echo(wrong))
         server, port = await serve_grpc([add], **options)
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -143,15 +152,20 @@ def test_a_request_beyond_the_limit_is_refused():
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_an_open_address_needs_a_token(host):
+def test_an_open_address_needs_a_token_and_tls(host):
     with pytest.raises(ConfigError, match=r"gRPC host=.*: want a token where others can") as said:
-        talk(health, host=host)
+        talk(health, host=host, insecure=True)
     assert "\n" not in str(said.value)
+    with pytest.raises(ConfigError, match=r"gRPC host=.*: want TLS where others can") as said:
+        talk(health, host=host, token="secret")
+    assert "\n" not in str(said.value) and "insecure=true" in str(said.value)
 
 
-def test_an_open_address_with_a_token_is_served():
+def test_an_open_address_without_tls_has_to_be_asked_for():
     mine = (("authorization", "Bearer secret"),)
-    assert talk(partial(health, metadata=mine), host="0.0.0.0", token="secret").ok
+    options = {"host": "0.0.0.0", "token": "secret", "insecure": True}
+    assert talk(partial(health, metadata=mine), **options).ok
+    assert code_of(health, **options)[0] is Code.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize("token", ["", "two words", "schlüssel", "line\nfeed"])
@@ -159,10 +173,6 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(token):
     with pytest.raises(ConfigError, match=r"gRPC token=.* characters: want") as said:
         talk(health, token=token)
     assert not token or token not in str(said.value)
-
-
-def test_loopback():
-    assert [is_loopback(h) for h in ("127.0.0.1", "127.9.0.1", "::1", "localhost")] == [True] * 4
 
 
 def test_a_taken_port_is_refused():
@@ -177,20 +187,35 @@ def test_a_taken_port_is_refused():
         asyncio.run(twice())
 
 
-def test_tls(tmp_path):
-    pem = Tls(*certificate(tmp_path))
+def by_tls(pem, **options):
+    """`health` of a server with these PEM files."""
 
     async def go():
-        add = partial(add_GenerationServicer_to_server, Echo())
-        server, port = await serve_grpc([add], tls=pem)
+        server, port = await serve_grpc([added(Echo())], tls=pem, token="secret", **options)
         try:
             trust = grpc.ssl_channel_credentials(pem.certificate.read_bytes())
             async with grpc.aio.secure_channel(f"localhost:{port}", trust) as channel:
-                return await health(channel)
+                return await health(channel, (("authorization", "Bearer secret"),))
         finally:
             await server.stop(None)
 
-    assert asyncio.run(go()).ok
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_tls(tmp_path, host):
+    assert by_tls(Tls(*certificate(tmp_path)), host=host).ok
+
+
+def test_the_command_in_the_message_makes_what_is_wanted(tmp_path):
+    with pytest.raises(ConfigError) as said:
+        talk(health, host="0.0.0.0", token="secret")
+    (command,) = re.findall(r"openssl [^)]*", str(said.value))
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, to run the command of the message")
+    made = command.replace("NAME", "localhost").split()
+    subprocess.run(made, cwd=tmp_path, check=True, capture_output=True)
+    assert by_tls(Tls(tmp_path / "cert.pem", tmp_path / "key.pem"), host="0.0.0.0").ok
 
 
 def test_a_missing_certificate_is_said(tmp_path):
