@@ -7,7 +7,8 @@ exact round trip is checked before anything is timed. A row's value is that of t
 transports; p50 and p99 are of the slowest rank, over 5 rounds in which all contenders take turns.
 From x and Choice to received rows and the local Plan; and back. A row is written as soon as it is
 measured. A contender that fails has its reason in the row; one that takes the ranks with it is
-left out when they start again.
+left out when they start again. `--timeline FILE` writes a profile of a layer with a shared expert,
+which runs while rows travel: a chrome trace of all ranks and transports.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from benchmarks.dispatch_rows import (
     layer_row,
     shown,
 )
+from benchmarks.dispatch_timeline import draw_timeline
 from benchmarks.results import Row, provenance, save
 from moe_router.dispatch.ranks import local_device, run_here
 
@@ -137,7 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="in each of 5 rounds")
     parser.add_argument("--seconds", type=float, default=600, help="nothing is begun after them")
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help="profile --layer instead")
     args = parser.parse_args(arguments)
+    if args.timeline:
+        with tempfile.TemporaryDirectory() as folder:
+            where = (args.ranks, local_device(args.ranks), args.layer, folder)
+            return draw_timeline(args.timeline, *where)
     end = time.monotonic() + args.seconds
     patterns = args.only.split(",")
     jobs = _jobs([args.shape] if args.shape else list(SHAPES), args.layer, patterns)

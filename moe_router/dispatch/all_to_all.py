@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_router.dispatch.base import Dispatcher, Group, Received
-from moe_router.dispatch.exchange import Collective, Mover, Return, Send, Splits, Travel
+from moe_router.dispatch.base import Arrived, Dispatcher, Group, Received
+from moe_router.dispatch.exchange import Collective, Mover, Return, Send, Splits
+from moe_router.dispatch.travel import Travel
 from moe_router.dispatch.where import Rows, Tables, Where, lay_out, pad, plan_within
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
@@ -56,16 +57,25 @@ class AllToAll(Dispatcher):
 
         started: list[Travel] = []
         way = (rows, splits, self._mover)
-        x_ND, weight_NK, id_NK = Send.apply(  # type: ignore[no-untyped-call]
+        sent = Send.apply(  # type: ignore[no-untyped-call]
             x_TD, weight_TK, *way, torch.is_grad_enabled(), started
         )
-        held = len(placement.experts_of_rank[self.rank])
-        local, too_few = plan_within(id_NK, held, splits.experts)
-        told = rows.overflow
-        if too_few is not None:
-            told |= too_few
-        arrive = started[0].arrive if started else None
-        return Received(x_ND, Choice(id_NK, weight_NK), local, _WayBack(*way, T), told, arrive)
+        (travel,), told = started, rows.overflow
+
+        def planned(id_NK: Tensor) -> Plan:
+            held = len(placement.experts_of_rank[self.rank])
+            local, too_few = plan_within(id_NK, held, splits.experts)
+            if too_few is not None:
+                told.bitwise_or_(too_few)
+            return local
+
+        early = None if travel.with_ids else planned(sent[2])
+
+        def arrive() -> Arrived:
+            x_ND, weight_NK, id_NK = travel.arrive(*sent)
+            return Arrived(x_ND, Choice(id_NK, weight_NK), early or planned(id_NK))
+
+        return Received(sent[0], arrive, _WayBack(*way, T), told)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:
         way: _WayBack = received.handle

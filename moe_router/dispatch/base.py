@@ -20,38 +20,60 @@ Group = ProcessGroup | None  # None: the default process group
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
-    """What the expert side works on.
+class Arrived:
+    """What the experts of a rank work on.
 
     Attributes:
-        coming_ND: `x_ND`, which may still be on its way.
+        x_ND: hidden states of the received tokens; N is T on one rank.
         choice: target_NK are local expert slots, -1 for choices that live elsewhere.
         plan: over the local experts; gather rows of x_ND by `plan.src_R`.
+    """
+
+    x_ND: Tensor
+    choice: Choice
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Tokens of all ranks that go to the experts of this one, and may still be on their way.
+
+    What `Arrived` describes is asked for as late as can be: rows travel until then. Where no
+    gradient is wanted they, ids and weights may lie where they came: to be used before the next
+    dispatch or combine.
+
+    Attributes:
+        coming_ND: `x_ND`, whose shape is known before it is here.
+        arrive: waits for what travels; called once.
         handle: what `combine` needs to find the way back; private to the transport.
         overflow: scalar on the device, not 0 where a row found no place within a static bound, or
             was lost on the way, there or back: the result must not be used. To be read after the
             backward pass. None: nothing moves.
-        arrive: waits for the rows; None: they are here.
     """
 
     coming_ND: Tensor
-    choice: Choice
-    plan: Plan
+    arrive: Callable[[], Arrived]
     handle: Any
     overflow: Tensor | None = None
-    arrive: Callable[[Tensor], Tensor] | None = None
-    _here: list[Tensor] = field(default_factory=list, repr=False)
+    _here: list[Arrived] = field(default_factory=list, repr=False)
+
+    @property
+    def here(self) -> Arrived:
+        if not self._here:
+            self._here.append(self.arrive())
+        return self._here[0]
 
     @property
     def x_ND(self) -> Tensor:
-        """Hidden states of the received tokens; N is T on one rank. Asked for as late as can be:
-        rows travel until then. Where no gradient is wanted they, and the weights, may lie where
-        they came: to be used before the next dispatch or combine."""
-        if self.arrive is None:
-            return self.coming_ND
-        if not self._here:
-            self._here.append(self.arrive(self.coming_ND))
-        return self._here[0]
+        return self.here.x_ND
+
+    @property
+    def choice(self) -> Choice:
+        return self.here.choice
+
+    @property
+    def plan(self) -> Plan:
+        return self.here.plan
 
 
 class Dispatcher(Protocol):

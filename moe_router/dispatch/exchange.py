@@ -1,6 +1,5 @@
 """Rows to each rank and back, differentiable: each way is the gradient of the other."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_router.dispatch.base import Group
+from moe_router.dispatch.travel import Home, Travel, Wait, finish, home_after
 from moe_router.dispatch.where import Rows
 
 
@@ -36,7 +36,7 @@ class Mover(Protocol):
 
     def start_out(
         self, x_TD: Tensor, rows: Rows, bits: int, splits: Splits, told: Tensor, keep: bool
-    ) -> tuple[Tensor, Tensor, Tensor, "Travel | None"]:
+    ) -> tuple[Tensor, Tensor, Tensor, Travel]:
         """Each row's token to its rank, which may still be on its way, and `packed_RP` with it:
         its first `bits` columns, and the others.
 
@@ -49,9 +49,8 @@ class Mover(Protocol):
         """Each row's token to its rank."""
         ...
 
-    def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
-        """(N, ...) each back to where the N rows came from: (R, ...) each, valid until the next
-        exchange. At most two: rows, and 4 or 8 bytes for each of their choices."""
+    def home(self, y_ND: Tensor, splits: Splits, told: Tensor) -> Tensor:
+        """The N rows back to where they came from: (R, D), valid until the next exchange."""
         ...
 
 
@@ -60,9 +59,6 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Te
     out = x.new_empty((sum(receive), *x.shape[1:]))
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
     return out
-
-
-Wait = Callable[[], object]
 
 
 def start_exchange(
@@ -74,62 +70,6 @@ def start_exchange(
     return out, partial(finish, work, x)
 
 
-def finish(work: Any, sent: Tensor) -> None:
-    """The sent rows are kept until here."""
-    work.wait()
-
-
-class Travel:
-    """Rows on their way out, and later their gradients on the way home.
-
-    Args:
-        wait: for the rows out.
-        start_home: sets the gradients off: they, and what to call before they are used.
-    """
-
-    def __init__(self, wait: Wait, start_home: Callable[[Tensor], tuple[Tensor, Wait]]) -> None:
-        self._wait: Wait | None = wait
-        self.start_home = start_home
-        self._home: tuple[Tensor, Wait] | None = None
-
-    def arrive(self, coming_ND: Tensor) -> Tensor:
-        here_ND: Tensor = _Arrive.apply(coming_ND, self)  # type: ignore[no-untyped-call]
-        return here_ND
-
-    def wait(self) -> None:
-        """What was kept for the way is let go."""
-        wait, self._wait = self._wait, None
-        if wait is not None:
-            wait()
-
-    def set_off(self, grad_ND: Tensor) -> None:
-        self._home = self.start_home(grad_ND)
-
-    def come_home(self) -> Tensor | None:
-        """The gradients; None where none ever set off: a rank whose rows nobody used."""
-        if self._home is None:
-            return None
-        (grad, wait), self._home = self._home, None
-        wait()
-        return grad
-
-
-class _Arrive(torch.autograd.Function):
-    """Where rows are waited for, and where their gradients set off: what autograd recorded after
-    the dispatch and before this, runs while they travel, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, coming_ND: Tensor, travel: Travel) -> Tensor:
-        ctx.travel = travel
-        travel.wait()
-        return coming_ND.view_as(coming_ND)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.travel.set_off(grads[0])
-        return grads[0], None
-
-
 @dataclass(frozen=True, slots=True)
 class Collective:
     """Moves by all-to-all, over NCCL or gloo, which fails loudly by itself."""
@@ -138,14 +78,15 @@ class Collective:
 
     def start_out(
         self, x_TD: Tensor, rows: Rows, bits: int, splits: Splits, told: Tensor, keep: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Travel | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Travel]:
         send, receive, group = way = (splits.send, splits.receive, self.group)
         packed_NP = exchange(rows.packed_RP, *way)
         x_RD = gathered(x_TD, rows)
         x_ND, wait = start_exchange(x_RD, *way)
 
-        def start_home(grad_ND: Tensor) -> tuple[Tensor, Wait]:
-            return start_exchange(grad_ND, receive, send, group)
+        def start_home(grad_ND: Tensor, grad_NK: Tensor) -> Home:
+            coming = start_exchange(grad_ND, receive, send, group)
+            return home_after(*coming, lambda: exchange(grad_NK, receive, send, group))
 
         # a single row would keep the stride of `packed_NP`, which no wider dtype can view
         bits_NK = packed_NP[:, :bits].flatten().view(-1, bits)
@@ -154,8 +95,8 @@ class Collective:
     def out(self, x_TD: Tensor, rows: Rows, splits: Splits, told: Tensor) -> Tensor:
         return exchange(gathered(x_TD, rows), splits.send, splits.receive, self.group)
 
-    def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
-        return [exchange(x, splits.receive, splits.send, self.group) for x in parts]
+    def home(self, y_ND: Tensor, splits: Splits, told: Tensor) -> Tensor:
+        return exchange(y_ND, splits.receive, splits.send, self.group)
 
 
 def pack(weight_RK: Tensor, id_RK: Tensor) -> Tensor:
@@ -210,20 +151,15 @@ class Send(torch.autograd.Function):
         bits, told = rows.packed_RP.size(1) - weight_TK.size(1), rows.overflow
         found = mover.start_out(x_TD, rows, bits, splits, told, keep)
         x_ND, bits_NK, id_NK, travel = found
-        if travel is not None:
-            started.append(travel)
-        ctx.way, ctx.travel = (rows, splits, mover, told), travel
+        started.append(travel)
+        ctx.rows, ctx.travel = rows, travel
         ctx.mark_non_differentiable(id_NK)
         return x_ND, bits_NK.view(weight_TK.dtype), id_NK
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, splits, mover, told = ctx.way
-        grad_RD = None if ctx.travel is None else ctx.travel.come_home()
-        if grad_RD is None:
-            grad_RD, grad_RK = mover.home(grads[:2], splits, told)
-        else:
-            (grad_RK,) = mover.home(grads[1:2], splits, told)
+        rows = ctx.rows
+        grad_RD, grad_RK = ctx.travel.come_home(*grads[:2])
         return sum_rows(grad_RD, rows), of_choices(grad_RK, rows), *[None] * 5
 
 
@@ -233,8 +169,7 @@ class Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, rows: Rows, splits: Splits, mover: Mover) -> Tensor:
         ctx.way = (rows, splits, mover)
-        (home_RD,) = mover.home([y_ND], splits, rows.overflow)
-        return sum_rows(home_RD, rows)
+        return sum_rows(mover.home(y_ND, splits, rows.overflow), rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_router.dispatch.base import Dispatcher, Group, Received
-from moe_router.dispatch.exchange import Travel, Wait, finish, pack, unpack
+from moe_router.dispatch.base import Arrived, Dispatcher, Group, Received
+from moe_router.dispatch.exchange import pack, unpack
+from moe_router.dispatch.travel import Home, Travel, Wait, finish, home_after
 from moe_router.dispatch.where import Tables, pad, plan_within, rows_of_experts
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
@@ -68,8 +69,12 @@ class _Share(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         packed = all_gather(pack(weight_TK, id_TK), ranks, group)
         x_ND, wait = start_all_gather(x_TD, ranks, group)
-        ctx.way = (ranks, group)
-        ctx.travel = Travel(wait, lambda grad_ND: start_reduce_scatter(grad_ND, ranks, group))
+
+        def start_home(grad_ND: Tensor, grad_NK: Tensor) -> Home:
+            coming = start_reduce_scatter(grad_ND, ranks, group)
+            return home_after(*coming, lambda: reduce_scatter(grad_NK, ranks, group))
+
+        ctx.travel = Travel(wait, start_home)
         started.append(ctx.travel)
         weight_NK, id_NK = unpack(packed, weight_TK.dtype, id_TK.size(1))
         ctx.mark_non_differentiable(id_NK)
@@ -77,10 +82,7 @@ class _Share(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TD = ctx.travel.come_home()
-        if grad_TD is None:
-            grad_TD = reduce_scatter(grads[0], *ctx.way)
-        return grad_TD, reduce_scatter(grads[1], *ctx.way), *[None] * 4
+        return *ctx.travel.come_home(*grads[:2]), *[None] * 4
 
 
 class _SumHome(torch.autograd.Function):
@@ -137,7 +139,12 @@ class GatherScatter(Dispatcher):
         overflow = id_NK.new_full((), int(tokens < T))
         if too_few is not None:
             overflow |= too_few
-        return Received(x_ND, Choice(id_NK, weight_NK), local, T, overflow, started[0].arrive)
+
+        def arrive() -> Arrived:
+            here_ND, here_NK, _ = started[0].arrive(x_ND, weight_NK, id_NK)
+            return Arrived(here_ND, Choice(id_NK, here_NK), local)
+
+        return Received(x_ND, arrive, T, overflow)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:
         home_TD = _SumHome.apply(y_ND, self.ranks, self.group)  # type: ignore[no-untyped-call]

@@ -64,7 +64,7 @@ def measure(device: torch.device, group: Group = None, times: int = 7) -> Link:
     if mover is not None:
         splits = Splits(even, even, torch.tensor(even, device=device), rows)
         given = (x_RD, message, 1, splits, message.overflow, False)
-        ways["put"] = (lambda: mover.start_out(*given), crossing)
+        ways["put"] = (lambda: mover.start_out(*given)[3].wait(), crossing)
     rates = {n: ways[n][1] / slowest(ways[n][0], device, group, times) for n in RATES if n in ways}
     one = Problem(1, 1, ranks, ranks, 4, 4)
     return Link(ranks, device.type, rates, measure_transports(one, device, group, times, names))

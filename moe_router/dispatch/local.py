@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from moe_router.dispatch.base import Dispatcher, Received
+from moe_router.dispatch.base import Arrived, Dispatcher, Received
 from moe_router.placement import Placement
 from moe_router.types import Choice, Plan
 
@@ -19,7 +19,7 @@ class Local(Dispatcher):
         placement: Placement,
         first_token: int = 0,
     ) -> Received:
-        return Received(x_TD, choice, plan, None)
+        return Received(x_TD, lambda: Arrived(x_TD, choice, plan), None)
 
     def combine(self, y_ND: Tensor, received: Received) -> Tensor:
         return y_ND

@@ -6,7 +6,7 @@ a CPU; on a GPU it raises the overflow flag, and the step is taken again by host
 loudly if the peer is gone.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_router.dispatch.base import Group
-from moe_router.dispatch.exchange import Splits, Travel
+from moe_router.dispatch.exchange import Splits
 from moe_router.dispatch.inbox import Inbox, Message, SharedInbox
 from moe_router.dispatch.padded import Padded
 from moe_router.dispatch.symmetric import SymmetricInbox
+from moe_router.dispatch.travel import Home, Travel, Wait, home_after
 from moe_router.dispatch.where import Rows
 
 _ALIGN = 128  # bytes, between parts of a message
@@ -37,33 +38,45 @@ class PeerMover:
 
     def start_out(
         self, x_TD: Tensor, rows: Rows, bits: int, splits: Splits, told: Tensor, keep: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Travel | None]:
-        """Nothing is left on its way: rows, ids and weights are one exchange. What is not kept
-        stays where it came, and may be read until the next exchange."""
-        found = self._out(x_TD, rows, rows.packed_RP, bits, splits, told)
-        x_ND, bits_NK, id_NK = (part.clone() if keep else part for part in found)
-        return x_ND, bits_NK, id_NK, None
+    ) -> tuple[Tensor, Tensor, Tensor, Travel]:
+        """Rows, ids and weights are one exchange: all of it is on its way until it is waited for.
+        What is not kept stays where it came, and may be read until the next exchange."""
+
+        def start_home(grad_ND: Tensor, grad_NK: Tensor) -> Home:
+            words = grad_NK.contiguous().view(torch.int32)
+            found, wait = self._start_home(grad_ND, words, splits, told)
+            return home_after(found[0], wait, lambda: found[1].view(grad_NK.dtype))
+
+        found, wait = self._start_out(x_TD, rows, rows.packed_RP, bits, splits, told)
+        x_ND, bits_NK, id_NK = found
+        return x_ND, bits_NK, id_NK, Travel(wait, start_home, with_ids=True, keep=keep)
 
     def out(self, x_TD: Tensor, rows: Rows, splits: Splits, told: Tensor) -> Tensor:
-        return self._out(x_TD, rows, None, 0, splits, told)[0].clone()
+        (x_ND, *_), wait = self._start_out(x_TD, rows, None, 0, splits, told)
+        wait()
+        return x_ND.clone()
 
-    def home(self, parts: Sequence[Tensor], splits: Splits, told: Tensor) -> list[Tensor]:
+    def home(self, y_ND: Tensor, splits: Splits, told: Tensor) -> Tensor:
+        (home_RD, *_), wait = self._start_home(y_ND, None, splits, told)
+        wait()
+        return home_RD
+
+    def _start_home(
+        self, x: Tensor, also: Tensor | None, splits: Splits, told: Tensor
+    ) -> tuple[list[Tensor], Wait]:
         at = [sum(splits.send[: self._rank])] * len(splits.send)
-        x, *also = parts
-        small = also[0].contiguous().view(torch.int32) if also else None
-        wide = small.size(1) if small is not None else 0
+        wide = 0 if also is None else also.size(1)
         way = (splits.receive, at, sum(splits.send))
-        found = self._exchange(x, None, small, wide, splits, way, told)
-        return [found[0], *(found[1].view(part.dtype) for part in also)]
+        return self._start(x, None, also, wide, splits, way, told)
 
-    def _out(
+    def _start_out(
         self, x_TD: Tensor, rows: Rows, also: Tensor | None, bits: int, splits: Splits, told: Tensor
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Wait]:
         at = [self._rank * n for n in splits.send]
         way = (splits.send, at, sum(splits.receive))
-        return self._exchange(x_TD, rows.src_R, also, bits, splits, way, told)
+        return self._start(x_TD, rows.src_R, also, bits, splits, way, told)
 
-    def _exchange(
+    def _start(
         self,
         x: Tensor,
         src_R: Tensor | None,
@@ -72,8 +85,9 @@ class PeerMover:
         splits: Splits,
         way: tuple[list[int], list[int], int],
         told: Tensor,
-    ) -> list[Tensor]:
-        """The rows that came, where they lie, and the two parts of what came with them."""
+    ) -> tuple[list[Tensor], Wait]:
+        """Where the rows that come will lie, and the two parts of what comes with them; and what
+        to call before they are read."""
         send, at, rows = way
         # of any rank and either way, so that all lay their parts out alike
         most = max(len(splits.send) * max(splits.send), sum(splits.send))
@@ -84,8 +98,8 @@ class PeerMover:
         offsets = (first, second, third)
         inbox = self.ready(end, x.device)
         inbox.put(Message(x, src_R, also, split, send, at, offsets), told)
-        inbox.meet(told)
-        return [inbox.view(rows, *kind, start) for kind, start in zip(kinds, offsets, strict=True)]
+        views = [inbox.view(rows, *kind, start) for kind, start in zip(kinds, offsets, strict=True)]
+        return views, partial(inbox.meet, told)
 
     def ready(self, nbytes: int, device: torch.device) -> Inbox:
         """An inbox of at least so many bytes. It grows on all ranks at once, for all know sizes."""

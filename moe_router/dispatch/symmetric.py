@@ -1,6 +1,7 @@
 """Inboxes in symmetric memory: each GPU writes into the others' over NVLink. See `inbox.py`.
 
-The host waits for nothing; how long a kernel may look for a flag is bounded.
+Rows are put on a stream of their own, beside what runs until they are met. The host waits for
+nothing; how long a kernel may look for a flag is bounded.
 """
 
 import itertools
@@ -45,6 +46,9 @@ class SymmetricInbox:
         self._flags = self._bytes[:HEADER].view(torch.int64)
         self._epoch = torch.zeros((), dtype=torch.int64, device=device)
         self._places: dict[Any, tuple[Tensor, Tensor]] = {}
+        stream: Any = torch.cuda.Stream  # its constructor has no types
+        self._aside = stream(device, priority=-1)  # what others wait for starts first
+        self._sent: tuple[Any, ...] = ()
 
     def put(self, message: Message, told: Tensor) -> None:
         from moe_router_kernels import peer
@@ -56,16 +60,22 @@ class SymmetricInbox:
             at_W = torch.tensor(at, dtype=torch.int32)
             self._places[key] = (start_W1.to(device), at_W.to(device))
         x, also = message.x.contiguous(), message.also
+        also = None if also is None else also.contiguous()
         own = (self._peers_W, self._flags, self._epoch, told, self._places[key])
-        peer.put(
-            x, message.src_R, None if also is None else also.contiguous(), message.split, *own,
-            most=max(send), offsets=message.offsets, rank=self._rank, bound=self._bound,
-        )  # fmt: skip
+        self._aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._aside):
+            peer.put(
+                x, message.src_R, also, message.split, *own,
+                most=max(send), offsets=message.offsets, rank=self._rank, bound=self._bound,
+            )  # fmt: skip
+        self._sent = (x, message.src_R, also, told)  # nobody may have this memory until `meet`
 
     def meet(self, told: Tensor) -> None:
         from moe_router_kernels import peer
 
         own = (self._peers_W, self._flags, self._epoch, told)
+        torch.cuda.current_stream(told.device).wait_stream(self._aside)
+        self._sent = ()
         peer.meet(*own, rank=self._rank, bound=self._bound)
 
     def view(self, rows: int, columns: int, dtype: torch.dtype, offset: int) -> Tensor:

@@ -116,15 +116,17 @@ def hurried(rank, ranks, turns, slow_rank):
         mark_TK = torch.full((3, ranks), float(rank * 1000 + turn))
         rows = lay_out(Where(rank_TK, rank_TK), mark_TK, torch.tensor(send), sum(send))
         keep = bool(turn % 2)
-        x_ND, bits_NK, id_NK, _ = mover.start_out(x_TD, rows, ranks, splits, told, keep)
+        *sent, travel = mover.start_out(x_TD, rows, ranks, splits, told, keep)
+        bits = sent[1].view(torch.float32)
+        x_ND, mark_ND, id_NK = travel.arrive(sent[0], bits, sent[2])
         came = torch.cat([x_TD[: send[rank]] + 10000 * (s - rank) for s in range(ranks)])
         source_N = torch.arange(ranks).repeat_interleave(send[rank]) * 1000.0 + turn
-        mark_NK = bits_NK.view(torch.float32).clone()
+        mark_NK = mark_ND.clone()
         good += torch.equal(x_ND, came) and torch.equal(mark_NK[:, rank], source_N)
         good += torch.equal(id_NK[:, rank], torch.full_like(id_NK[:, rank], rank))
         time.sleep(chance.choice([0, 0.002]))  # what is not kept is read where it lies
         sent_ND = x_ND.clone()
-        home_RD, back_RK = mover.home([sent_ND, mark_NK], splits, told)
+        home_RD, back_RK = travel.come_home(sent_ND, mark_NK)
         good += torch.equal(home_RD, x_TD[rows.src_R.long()])
         good += torch.equal(back_RK.view(torch.int32), rows.packed_RP[:, :ranks])
     return good

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_router.config import MoEConfig
 from moe_router.dispatch import PeerMemory
 from moe_router.dispatch.transports import round_trip
+from moe_router.layers.moe import MoE
 from moe_router.placement import Placement
 from moe_router.routing.plan import plan_from_ids
 from moe_router.types import Choice
@@ -133,3 +135,30 @@ def wide(rank, ranks):
 
 def test_many_wide_rows_come_back_exactly():
     assert run_ranks(2, wide, backend=BACKEND) == [[True] * 5] * 2
+
+
+def beside(rank, ranks):
+    """How far a layer whose shared expert runs while rows travel is from one of one rank, and
+    whether it repeats bit by bit."""
+    device = own_gpu(rank)
+    config = MoEConfig(experts=8, top_k=2, hidden=128, shared_hidden=256)
+    torch.manual_seed(0)
+    whole = MoE(256, config).to(device)
+    placement = Placement.contiguous(8, ranks)
+    ours = work.shard(whole, placement, rank, PeerMemory(512, timeout_s=20)).to(device)
+    torch.manual_seed(1 + rank)
+    x_TD, grad_TD = torch.randn(2, 512, 256, device=device)
+    found = []
+    for layer in (whole, *[ours] * 5):
+        x_leaf_TD = x_TD.clone().requires_grad_()
+        routed = layer(x_leaf_TD)
+        routed.delta_TD.backward(grad_TD)
+        found.append((routed.delta_TD.detach(), x_leaf_TD.grad))
+    wanted, first, *again = found
+    far = max(float((a - b).abs().max()) for a, b in zip(first, wanted, strict=True))
+    return far, all(torch.equal(a, b) for more in again for a, b in zip(first, more, strict=True))
+
+
+def test_a_shared_expert_beside_travelling_rows_changes_nothing():
+    for far, repeats in run_ranks(2, beside, backend=BACKEND):
+        assert far < 1e-3 and repeats  # fp32 products may be TF32

@@ -15,6 +15,7 @@ from moe_router.dispatch import (
     exchange,
     gather_scatter,
 )
+from moe_router.dispatch.peer_memory import PeerMover
 from moe_router.layers.experts import Experts
 from moe_router.layers.moe import MoE
 from moe_router.placement import Placement
@@ -55,7 +56,7 @@ def whole_layer(config):
 
 def shard(layer, placement, rank, dispatcher):
     """The layer of one rank: same router, its slice of the experts."""
-    ours = MoE(DIM, layer.config, dispatcher=dispatcher, placement=placement)
+    ours = MoE(layer.dim, layer.config, dispatcher=dispatcher, placement=placement)
     mine = list(placement.experts_of_rank[rank])
     state = layer.state_dict()
     for name in ("experts.gate_up", "experts.down"):
@@ -216,6 +217,7 @@ STARTS = {
     "all_to_all": (exchange, ["start_exchange"]),
     "padded": (exchange, ["start_exchange"]),
     "gather_scatter": (gather_scatter, ["start_all_gather", "start_reduce_scatter"]),
+    "peer_memory": (PeerMover, ["_start_out", "_start_home"]),
 }
 
 
