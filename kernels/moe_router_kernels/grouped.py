@@ -166,10 +166,7 @@ def _part(acc, INDEX: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-unt
     levels: tl.constexpr = 3 if PARTS == 8 else 2
     for level in tl.static_range(levels):
         low, high = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
-        if (INDEX >> (levels - 1 - level)) % 2 == 1:
-            acc = high
-        else:
-            acc = low
+        acc = high if (INDEX >> (levels - 1 - level)) % 2 == 1 else low
     return acc
 
 
