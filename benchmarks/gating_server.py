@@ -104,7 +104,7 @@ def _publish(service: GatingService, weights: RouterWeights, epoch: int) -> None
     service.publish(
         epoch=epoch,
         step=epoch,
-        placement=Placement.contiguous(weights.config.experts, RANKS),
+        placements=[Placement.contiguous(weights.config.experts, RANKS)],
         capacity_factor=None,
         routers=[weights],
     )

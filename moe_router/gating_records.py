@@ -82,7 +82,7 @@ class Snapshot:
     Attributes:
         epoch: counts what was agreed: all but `alive` and `load_LE`.
         step: the checkpointed step from which it holds.
-        placement: which rank holds which expert, of every routed layer.
+        placements: which rank holds which expert, for each router.
         capacity_factor: multiple of an expert's mean load; None is dropless.
         routers: in order of model and layer.
         alive: ranks heard from within the heartbeat timeout, ascending.
@@ -92,11 +92,15 @@ class Snapshot:
 
     epoch: int
     step: int
-    placement: Placement
+    placements: tuple[Placement, ...]
     capacity_factor: float | None
     routers: tuple[RouterWeights, ...]
     alive: tuple[int, ...]
     load_LE: Tensor
+
+    @property
+    def ranks(self) -> int:
+        return self.placements[0].ranks if self.placements else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,7 +27,7 @@ def publish(service, *routers, epoch=1, step=0, ranks=2, factor=None, placement=
     return service.publish(
         epoch=epoch,
         step=step,
-        placement=placement or Placement.contiguous(E, ranks),
+        placements=[placement or Placement.contiguous(E, ranks)] * max(1, len(routers)),
         capacity_factor=factor,
         routers=[weights(made) for made in routers or [router()]],
     )

@@ -69,15 +69,29 @@ def test_a_service_that_starts_again_goes_on_above_the_last_epoch(service, clock
         ({"step": -1}, r"epoch, step: got \(2, -1\)"),
         ({"capacity_factor": 0.0}, "capacity_factor: got 0.0, want above 0"),
         ({"capacity_factor": float("nan")}, "capacity_factor: got nan"),
-        ({"placement": Placement.contiguous(3, 1)}, "experts of run/0: got 4, want 3"),
-        ({"routers": [weights(router())] * 2}, "routers: got 2, want each model and layer once"),
+        ({"placements": [Placement.contiguous(3, 1)]}, "experts of run/0: got 4, want 3"),
+        ({"placements": []}, "placements: got 0, want 1: routers"),
+        (
+            {
+                "routers": [weights(router())] * 2,
+                "placements": [Placement.contiguous(E, 2)] * 2,
+            },
+            "routers: got 2, want each model and layer once",
+        ),
+        (
+            {
+                "routers": [weights(router()), weights(router(layer=1))],
+                "placements": [Placement.contiguous(E, 2), Placement.contiguous(E, 1)],
+            },
+            "ranks of run/1: got 1, want 2, as the others",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused_and_changes_nothing(service, change, said):
     good = {
         "epoch": 2,
         "step": 3,
-        "placement": Placement.contiguous(E, 2),
+        "placements": [Placement.contiguous(E, 2)],
         "capacity_factor": None,
         "routers": [weights(router())],
     }

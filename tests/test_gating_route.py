@@ -59,7 +59,7 @@ def test_route_is_the_router_and_the_plan(case):
     service.publish(
         epoch=1,
         step=0,
-        placement=Placement.contiguous(config.experts, 1),
+        placements=[Placement.contiguous(config.experts, 1)],
         capacity_factor=config.capacity_factor,
         routers=[weights(own, dim=dim)],
     )

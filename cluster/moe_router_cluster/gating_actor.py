@@ -1,17 +1,19 @@
 """The gating service as a named actor, and the ends that others hold of it.
 
 It is made by the run that trains (`agreement`), found by name by whoever serves (`RayGating`), and
-no training depends on it: ranks send and never wait. Ray starts a lost one again, empty; rank 0
-then publishes the present epoch once more.
+no training depends on it: ranks send and never wait. Ray starts a lost one again with what it kept
+in the run's folder; where that is behind or gone, rank 0 publishes the present epoch once more.
 """
 
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from moe_router.config import ClusterConfig, Config
@@ -19,6 +21,7 @@ from moe_router.errors import ClusterError, MoeRouterError, StaleEpochError
 from moe_router.gating import GatingService
 from moe_router.gating_records import Load, Snapshot
 from moe_router.gating_route import Decision
+from moe_router.gating_state import last_epoch
 from moe_router_cluster.resources import actor_environment
 
 _ray: Any = ray  # half of its functions have no types
@@ -36,15 +39,22 @@ GatingActor = _ray.remote(
 )(GatingService)
 
 
-def start_gating(run: str, cluster: ClusterConfig) -> Any:
-    """The actor `gating:RUN` of this cluster; made if there is none. Returns its handle at once."""
+def start_gating(run: str, cluster: ClusterConfig, folder: Path | None = None) -> Any:
+    """The actor `gating:RUN` of this cluster; made if there is none. Returns its handle at once.
+
+    Args:
+        folder: where it keeps its state; on this node, where it lives if it can.
+    """
     environment = {**actor_environment(cluster, "cpu"), "OMP_NUM_THREADS": "1"}
     return GatingActor.options(
         name=_name(run),
         namespace=NAMESPACE,
         get_if_exists=True,
         runtime_env={"env_vars": environment},
-    ).remote(heartbeat_timeout_s=cluster.timeout_s)
+        scheduling_strategy=NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True
+        ),
+    ).remote(heartbeat_timeout_s=cluster.timeout_s, folder=folder)
 
 
 def find_gating(run: str) -> Any:
@@ -87,10 +97,14 @@ class Agreement:
         if self._config.model.moe is None:
             return 0
         run = self._config.run.name
+        folder = Path(self._config.run.dir).absolute() / run / "gating"
         with suppress(RayError):  # training goes on without it, and asks again next time
             if self._service is None:
-                self._epoch = _last_epoch(run)
-            self._service = start_gating(run, self._config.cluster)
+                self._epoch = max(_last_epoch(run), last_epoch(folder))
+            found = start_gating(run, self._config.cluster, folder)
+            # the handle that made it keeps it alive; one that found it does not
+            if self._service is None or found._actor_id != self._service._actor_id:
+                self._service = found
         if self._service is not None:
             self._epoch += 1
             self._ask("share", self._service, self._epoch, step)

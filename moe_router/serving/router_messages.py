@@ -14,11 +14,10 @@ from moe_router.serving.matrices import from_matrix, to_matrix
 
 def snapshot_message(snapshot: Snapshot, *, with_weights: bool) -> pb.Snapshot:
     """As the stream carries it; read back by `snapshot_of`."""
-    ranks = [pb.Placement.Rank(experts=held) for held in snapshot.placement.experts_of_rank]
     return pb.Snapshot(
         epoch=snapshot.epoch,
         step=snapshot.step,
-        placement=pb.Placement(experts=snapshot.placement.experts, ranks=ranks),
+        placements=[_placement_message(each) for each in snapshot.placements],
         capacity_factor=snapshot.capacity_factor,
         alive=snapshot.alive,
         load_LE=to_matrix(snapshot.load_LE),
@@ -36,12 +35,21 @@ def snapshot_of(message: pb.Snapshot) -> Snapshot:
     return Snapshot(
         epoch=message.epoch,
         step=message.step,
-        placement=Placement(tuple(tuple(rank.experts) for rank in message.placement.ranks)),
+        placements=tuple(map(_placement_of, message.placements)),
         capacity_factor=message.capacity_factor if limited else None,
         routers=tuple(_router_of(router) for router in message.routers),
         alive=tuple(message.alive),
         load_LE=from_matrix(message.load_LE, "load_LE"),
     )
+
+
+def _placement_message(placement: Placement) -> pb.Placement:
+    ranks = [pb.Placement.Rank(experts=held) for held in placement.experts_of_rank]
+    return pb.Placement(experts=placement.experts, ranks=ranks)
+
+
+def _placement_of(message: pb.Placement) -> Placement:
+    return Placement(tuple(tuple(rank.experts) for rank in message.ranks))
 
 
 def load_message(load: Load) -> pb.Load:

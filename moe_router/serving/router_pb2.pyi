@@ -29,22 +29,22 @@ class WatchSnapshotRequest(_message.Message):
     def __init__(self, after_epoch: _Optional[int] = ..., with_weights: _Optional[bool] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("epoch", "step", "placement", "capacity_factor", "alive", "load_LE", "routers")
+    __slots__ = ("epoch", "step", "placements", "capacity_factor", "alive", "load_LE", "routers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
-    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FACTOR_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     LOAD_LE_FIELD_NUMBER: _ClassVar[int]
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
-    placement: Placement
+    placements: _containers.RepeatedCompositeFieldContainer[Placement]
     capacity_factor: float
     alive: _containers.RepeatedScalarFieldContainer[int]
     load_LE: Matrix
     routers: _containers.RepeatedCompositeFieldContainer[RouterWeights]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., capacity_factor: _Optional[float] = ..., alive: _Optional[_Iterable[int]] = ..., load_LE: _Optional[_Union[Matrix, _Mapping]] = ..., routers: _Optional[_Iterable[_Union[RouterWeights, _Mapping]]] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., capacity_factor: _Optional[float] = ..., alive: _Optional[_Iterable[int]] = ..., load_LE: _Optional[_Union[Matrix, _Mapping]] = ..., routers: _Optional[_Iterable[_Union[RouterWeights, _Mapping]]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("every_ms",)

@@ -7,7 +7,6 @@ from torch.distributed.tensor import DTensor
 
 from moe_router.gating_records import RouterWeights
 from moe_router.models import CausalLM, Classifier
-from moe_router.placement import Placement
 from moe_router.training.loop import Trainer
 from moe_router.training.parallel import moe_layers
 
@@ -23,8 +22,7 @@ def agreed(trainer: Trainer, *, epoch: int, step: int) -> dict[str, Any]:
 
 
 def facts(model: CausalLM | Classifier, name: str, *, epoch: int, step: int) -> dict[str, Any]:
-    """The same for a model without a trainer. The placement is that of the first layer, also where
-    `cluster.rebalance` has given each layer its own.
+    """The same for a model without a trainer.
 
     Args:
         name: of the model, by which `Route` finds its routers.
@@ -33,7 +31,7 @@ def facts(model: CausalLM | Classifier, name: str, *, epoch: int, step: int) -> 
     return {
         "epoch": epoch,
         "step": step,
-        "placement": moes[0].placement if moes else Placement(()),
+        "placements": [moe.placement for moe in moes],
         "capacity_factor": moes[0].config.capacity_factor if moes else None,
         "routers": [
             RouterWeights.of(name, moe.dim, moe.router, _whole(moe.router.state_dict()))

@@ -42,7 +42,7 @@ def agreed(epoch=1, ranks=2) -> dict:
     return {
         "epoch": epoch,
         "step": 0,
-        "placement": Placement.contiguous(E, ranks),
+        "placements": [Placement.contiguous(E, ranks)],
         "capacity_factor": None,
         "routers": [RouterWeights.of("run", D, own, own.state_dict())],
     }
@@ -168,6 +168,43 @@ def test_epochs_go_on_above_those_of_a_service_that_is_there(tiny):
     agreement.close()
     with pytest.raises(ClusterError):
         until(lambda: find_gating("alone") is None)
+
+
+def test_a_service_that_starts_again_goes_on_with_what_it_kept(tmp_path):
+    made = start_gating("kept", ClusterConfig(), tmp_path / "gating")
+    try:
+        ray.get(made.publish.remote(**agreed(7)))
+        load_LE = torch.tensor([[4.0, 0.0, 0.0, 2.0]])
+        ray.get(made.report_load.remote(1, 7, load_LE))
+        os.kill(pid_of(made), signal.SIGKILL)
+
+        def back():
+            try:
+                return ray.get(made.snapshot.remote())
+            except ray.exceptions.RayActorError:
+                return None
+
+        held = until(back)  # nobody has told it anything
+        assert (held.epoch, held.alive) == (7, (1,)) and torch.equal(held.load_LE, load_LE)
+        assert held.routers == tuple(agreed(7)["routers"])
+        ray.get(made.report_load.remote(0, 7, load_LE))
+    finally:
+        ray.kill(made, no_restart=True)
+
+
+def test_epochs_go_on_above_those_that_a_run_kept(tiny):
+    config, epochs = tiny(name="resumed"), []
+
+    def publish(method, service, epoch, step):
+        epochs.append(epoch)
+        ray.get(service.publish.remote(**agreed(epoch)))
+
+    for _ in range(2):  # two processes, one after the other
+        agreement = Agreement(config, publish)
+        agreement.agree(0)
+        agreement.agree(5)
+        agreement.close()
+    assert epochs == [1, 2, 3, 4]
 
 
 def test_a_model_without_experts_has_no_service(tiny):

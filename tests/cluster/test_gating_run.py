@@ -106,7 +106,7 @@ def test_a_run_publishes_its_routers_and_its_load(tiny, silent, after_run):
     held = seen[-1]
     choices = 2 * 4 * 32 * 2  # layers, rows, tokens of each, top_k
     assert float(held.load_LE.sum()) == pytest.approx(choices)
-    assert held.alive == (0, 1) and held.placement == Placement(((0, 1), (2, 3)))
+    assert held.alive == (0, 1) and held.placements == (Placement(((0, 1), (2, 3))),) * 2
     assert [router.name for router in held.routers] == ["shown/0", "shown/1"]
     assert held.routers[0].build().config.top_k == 2
     with pytest.raises(ClusterError):  # the run is over, and the service with it
@@ -136,7 +136,7 @@ def test_a_client_routes_by_the_model_that_trains(tiny, after_run):
     ((held, reply),) = seen
     here = GatingService()
     here.publish(
-        epoch=1, step=0, placement=held.placement, capacity_factor=None, routers=held.routers
+        epoch=1, step=0, placements=held.placements, capacity_factor=None, routers=held.routers
     )
     want = here.route("routed", 1, 1, x_TD)
     assert (held.epoch, held.step) == (1, 0)

@@ -246,7 +246,7 @@ def test_the_routers_of_the_served_model_decide_for_outsiders(server):
         watch.cancel()
         request = pb.RouteRequest(model="tiny", layer=1, epoch=1, x_TD=to_matrix(x_TD))
         reply = stub.Route(request, metadata=GRPC_KEY)
-    assert snapshot.placement.ranks == 2 and len(snapshot.routers) == 2
+    assert snapshot.ranks == 2 and len(snapshot.routers) == 2
     moe = server.model.moes[1]
     tokens = Tokens(x_TD, torch.arange(7, dtype=torch.int32), torch.tensor([0, 7]).int())
     assert torch.equal(from_matrix(reply.target_TK, "t"), moe(tokens).choice.target_TK)

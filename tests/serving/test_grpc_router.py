@@ -36,7 +36,7 @@ def publish(service, *routers, epoch=1, factor=1.1):
     service.publish(
         epoch=epoch,
         step=10 * epoch,
-        placement=PLACEMENT,
+        placements=[PLACEMENT] * len(routers),
         capacity_factor=factor,
         routers=[RouterWeights.of("run", D, each, each.state_dict()) for each in routers],
     )
@@ -113,7 +113,7 @@ def test_streamed_weights_rebuild_the_router(service, own):
 
     held = talk(service, client)
     assert [r.name for r in held.routers] == ["run/1", "run/3"]
-    assert (held.epoch, held.step, held.placement) == (1, 10, PLACEMENT)
+    assert (held.epoch, held.step, held.placements) == (1, 10, (PLACEMENT,) * 2)
     assert held.capacity_factor == 1.1  # exactly: the capacity is a fraction of it
     built = held.routers[1].build().eval()
     x_TD = torch.randn(20, D)
