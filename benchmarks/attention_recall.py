@@ -1,108 +1,99 @@
-"""Does choosing blocks by content beat chance? Recall of a text's first half, with controls.
+"""Associative recall at 2k and 8k tokens: does choosing blocks by content beat chance?
 
-    python -m benchmarks.attention_recall --save
+    python -m benchmarks.attention_recall --save --seconds 200 --device cuda
 
-A row is 128 random tokens and the same again; what counts is the accuracy in the second half,
-where each token stands 128 tokens back. A small causal model of two layers sees 26% of the
-pairs: its own block and, by variant, the blocks that the router chose, the last ones, random ones
-or the first ones. Dense attention sees all. Equal steps, batches and seeds for all.
+A row is n / 2 random tokens, and then the same again, cut into passages of 128 tokens whose order
+is random: where a passage comes from is known by its content alone. What counts is the accuracy in
+the second half but for the first four tokens of a passage, by which it is recognised. Two layers;
+who attends to what is said in `benchmarks.attention_controls`. Equal steps, batches and seeds for
+all. Each seed is saved when it is done; a later run goes on.
 """
 
 import argparse
-import statistics
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import dataclasses
+import time
 
-from benchmarks.results import Row, provenance, save
-from moe_router.config import AttentionConfig, ModelConfig
+import torch
+from torch import Tensor
 
-HALF, VOCAB, BATCH, LR, WARMUP = 128, 64, 8, 3e-3, 50
-BLOCK, TOP_K = 8, 5
-HOW: dict[str, dict[str, object] | None] = {
-    "dense": None,
-    "chosen": {},
-    "chosen, gated": {"gated": True},
-    "window": {"window": (TOP_K - 1) * BLOCK},
-    "random": {"router": "random"},
-    "position": {"router": "position"},
-}
+from benchmarks import by_seed
+from benchmarks.attention_controls import NAMES, make_model
+from benchmarks.attention_learner import NONE, Learner
+from benchmarks.results import provenance
+from benchmarks.timing import Deadline
+
+SIZES = {"layers": 2, "dim": 128, "heads": 4, "kv_heads": 2, "hidden": 256}
+BLOCK, NEAR, CUE, WARMUP, LR = 16, 1, 4, 50, 1.5e-3
+FILE = "attention_quality"
 
 
-def model_config(name: str) -> ModelConfig:
-    how = HOW[name]
-    routed = None
-    if how is not None:
-        sizes: dict[str, object] = {"block": BLOCK, "top_k": TOP_K, "window": 0}
-        routed = AttentionConfig(kind="routed", **(sizes | how))  # type: ignore[arg-type]
-    return ModelConfig(layers=2, dim=64, heads=4, kv_heads=2, hidden=128, attention=routed)
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Attributes:
+    tokens: of a row.
+    rows: of a batch.
+    passage: tokens of one.
+    vocab: of random tokens.
+    """
+
+    tokens: int
+    rows: int
+    passage: int
+    vocab: int
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(R, n) ids, and what is wanted after each."""
+        half = self.tokens // 2
+        first = torch.randint(self.vocab, (self.rows, half), generator=generator)
+        passages = first.view(self.rows, -1, self.passage)
+        order = torch.rand(passages.shape[:2], generator=generator).argsort(-1)
+        second = passages.gather(1, order[..., None].expand_as(passages)).flatten(1)
+        ids = torch.cat([first, second], 1)
+        target = torch.full_like(ids, NONE)
+        target[:, half:-1] = ids[:, half + 1 :]
+        inside = (torch.arange(self.tokens) + 1) % self.passage
+        return ids, target.masked_fill(inside < CUE, NONE)
 
 
-def recall(name: str, seed: int, steps: int) -> float:
-    """Accuracy in the second half, of 64 held-out rows after training."""
-    import torch
-    import torch.nn.functional as F
-
-    from moe_router.models import CausalLM, init_parameters
-
-    torch.set_num_threads(1)
-    model = CausalLM(model_config(name), VOCAB)
-    init_parameters(model, seed=seed)
+def recall(task: Task, name: str, seed: int, steps: int, device: str) -> float:
+    """Accuracy on held-out rows after training."""
+    model = make_model(name, SIZES, task.tokens, BLOCK, NEAR, task.vocab, seed)
+    where = torch.device(device)
+    learner = Learner(model, task.rows, task.tokens, lr=LR, device=where)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.98))
-
-    def rows(count: int) -> torch.Tensor:
-        return torch.randint(VOCAB, (count, HALF), generator=generator).repeat(1, 2)
-
-    def second_half(ids: torch.Tensor) -> torch.Tensor:
-        position = torch.arange(2 * HALF, dtype=torch.int32).repeat(len(ids))
-        offsets = torch.arange(len(ids) + 1, dtype=torch.int32) * 2 * HALF
-        logits: torch.Tensor = model(ids.flatten(), position, offsets).logits_TV
-        return logits.view(len(ids), 2 * HALF, -1)[:, HALF:-1]
-
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / WARMUP)
-        ids = rows(BATCH)
-        guess, wanted = second_half(ids), ids[:, HALF + 1 :]
-        loss = F.cross_entropy(guess.flatten(0, 1), wanted.flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    with torch.no_grad():
-        ids = rows(64)
-        right = second_half(ids).argmax(-1) == ids[:, HALF + 1 :]
-    accuracy = float(right.float().mean())
-    print(f"{name:14} seed {seed}: {accuracy:.4f}", flush=True)
-    return accuracy
-
-
-def table_row(name: str, values: list[float], steps: int) -> Row:
-    std = round(statistics.stdev(values), 4) if len(values) > 1 else None
-    return {
-        "name": f"recall/{name}", "value": round(statistics.mean(values), 4), "unit": "accuracy",
-        "seeds": [round(v, 4) for v in values], "mean": round(statistics.mean(values), 4),
-        "std": std, "steps": steps, "chance": round(1 / VOCAB, 4),
-    }  # fmt: skip
+    learner.train(lambda _: task.batch(generator), steps, WARMUP)
+    return learner.held_out(4, lambda _: task.batch(generator))[1]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", default="2048,8192", help="lengths, by commas")
+    parser.add_argument("--batch", type=int, default=32768, help="tokens of a batch")
+    parser.add_argument("--passage", type=int, default=128, help="tokens of a passage")
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--only", default=",".join(HOW), help="variants, by semicolons")
+    parser.add_argument("--only", default=";".join(NAMES), help="variants, by semicolons")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args(arguments)
-    names = list(HOW) if args.only == ",".join(HOW) else args.only.split(";")
-    jobs = [(name, seed, args.steps) for seed in range(args.seeds) for name in names]
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(recall, *zip(*jobs, strict=True)))
-    for name in names:
-        values = [v for v, job in zip(found, jobs, strict=True) if job[0] == name]
-        row = table_row(name, values, args.steps)
-        print(row["name"], row["value"], row["std"], row["seeds"])
-        if args.save:
-            save("attention", [row | provenance("cpu")])
+    origin, deadline = provenance(args.device), Deadline(args.seconds)
+    rows = by_seed.saved(FILE, origin["device"])
+    for tokens in map(int, args.tokens.split(",")):
+        # a token comes about twice in the first half, whatever its length
+        task = Task(tokens, max(1, args.batch // tokens), args.passage, tokens // 4)
+        setting = dataclasses.asdict(task) | {"steps": args.steps, "unit": "accuracy"}
+        names = [f"recall/T{tokens}/{name}" for name in args.only.split(";")]
+        for name, seed in by_seed.missing(names, args.seeds, rows, setting):
+            if deadline.over():
+                return
+            began = time.perf_counter()
+            value = recall(task, name.rpartition("/")[2], seed, args.steps, args.device)
+            took = round(time.perf_counter() - began, 1)
+            print(f"{name}, seed {seed}: {value:.4f} in {took} s", flush=True)
+            if args.save:
+                about = {"seconds": took, "chance": round(1 / task.vocab, 4)} | origin
+                by_seed.add(FILE, rows, name, seed, value, about, setting)
 
 
 if __name__ == "__main__":

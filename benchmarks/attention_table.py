@@ -61,18 +61,60 @@ def table(rows: list[Row]) -> str:
                 f"- {row['name']}: {row['value']} us a token, dense attention to the same pages "
                 f"{row['peer_value']} us"
             )
-    recalls = [row for row in rows if row["name"].startswith("recall/")]
-    if recalls:
-        parts += ["", head(("recall", "accuracy, mean", "std", "seeds"))]
-        parts += [
-            line((row["name"].split("/", 1)[1], row["mean"], row["std"], str(row["seeds"])[1:-1]))
-            for row in recalls
-        ]
     return "\n".join(parts)
 
 
+def quality(rows: list[Row]) -> str:
+    """A table for each task and device: each row beside dense attention and beside ours."""
+    tasks: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        task, _, name = row["name"].rpartition("/")
+        tasks.setdefault((task, row["device"]), {})[name] = row
+    parts = []
+    for (task, device), of in tasks.items():
+        any_row = next(iter(of.values()))
+        names = (
+            f"{task}, {any_row['unit']}",
+            "mean",
+            "std",
+            "seeds",
+            "of dense's",
+            "ours is ahead",
+        )
+        parts += [f"{device}, {any_row['steps']} steps:", "", head(names)]
+        for name, row in of.items():
+            seeds = ", ".join(map(str, row["by_seed"].values()))
+            beside = (_retained(row, of.get("dense")), _ahead(of.get("ours"), row))
+            parts.append(line((name, row["value"], row["std"], seeds, *beside)))
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _higher_is_better(row: Row) -> bool:
+    return bool(row["unit"] == "accuracy")
+
+
+def _retained(row: Row, dense: Row | None) -> float | None:
+    if dense is None:
+        return None
+    share: float = row["value"] / dense["value"]
+    return round(share if _higher_is_better(row) else 1 / share, 4)
+
+
+def _ahead(ours: Row | None, row: Row) -> str | None:
+    """By how many pooled standard deviations."""
+    if ours is None or ours is row or None in (ours["std"], row["std"]):
+        return None
+    gap = ours["value"] - row["value"]
+    pooled = ((ours["std"] ** 2 + row["std"] ** 2) / 2) ** 0.5
+    return f"{(gap if _higher_is_better(row) else -gap) / max(pooled, 1e-9):.1f} std"
+
+
 def main() -> None:
-    print(table(json.loads((ROOT / "results" / "attention.json").read_text())))
+    for name, shown in (("attention", table), ("attention_quality", quality)):
+        path = ROOT / "results" / f"{name}.json"
+        if path.exists():
+            print(shown(json.loads(path.read_text())), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ class Band:
     Args:
         first_N, last_N: int32, where each block begins and ends; none is longer than `block`.
         low_N: int32, where its sequence begins.
+        tokens: T.
 
     Attributes:
         query_NQ, key_NS: int64, tokens; past the end of the block, or none, any.
-        live_NQ: bool, which queries exist.
+        cell_T: int64, where each token is among the N Q queries.
     """
 
     def __init__(
@@ -30,23 +31,27 @@ class Band:
         block: int,
         window: int,
         global_tokens: int,
+        tokens: int,
     ) -> None:
         device = first_N.device
         first_N1, last_N1, low_N1 = (x.long()[:, None] for x in (first_N, last_N, low_N))
         query_NQ = first_N1 + torch.arange(block, device=device)
         near_NS = first_N1 + torch.arange(-window, block, device=device)
         begin_NS = low_N1 + torch.arange(global_tokens, device=device)
-        self.live_NQ = query_NQ < last_N1
+        live_NQ = query_NQ < last_N1
         # the first tokens, where the band does not hold them
         there = (near_NS >= low_N1) & (near_NS < last_N1), begin_NS < first_N1 - window
         key_NS, there_NS = torch.cat([near_NS, begin_NS], 1), torch.cat(there, 1)
         behind_NQS = query_NQ[:, :, None] - key_NS[:, None]
         first_NS = key_NS < low_N1 + global_tokens
         seen_NQS = (behind_NQS >= 0) & ((behind_NQS <= window) | first_NS[:, None])
-        self._seen_NQS = seen_NQS & there_NS[:, None] & self.live_NQ[:, :, None]
+        self._seen_NQS = seen_NQS & there_NS[:, None] & live_NQ[:, :, None]
         # what is not there may lie anywhere: it is not seen
-        self.query_NQ = torch.where(self.live_NQ, query_NQ, first_N1)
+        self.query_NQ = torch.where(live_NQ, query_NQ, first_N1)
         self.key_NS = torch.where(there_NS, key_NS, first_N1)
+        token_T = torch.arange(tokens, device=device)
+        block_T = torch.searchsorted(last_N1[:, 0], token_T, right=True)
+        self.cell_T = block_T * block + token_T - first_N1[block_T, 0]
 
     def seen(self, cluster_TJ: Tensor) -> Tensor:
         """(N, J, Q, S) bool: near or global, and of another cluster."""
@@ -73,4 +78,4 @@ def attend_near(
     y_NJQGd = score.softmax(-1).flatten(2, 3) @ v_NJSd
     y_NQHd = y_NJQGd.view(N, J, block, G * d).transpose(1, 2).reshape(N, block, H, d)
     lse_NQH = score.logsumexp(-1).transpose(1, 2).reshape(N, block, H)
-    return y_NQHd[band.live_NQ], lse_NQH[band.live_NQ]
+    return y_NQHd.flatten(0, 1)[band.cell_T], lse_NQH.flatten(0, 1)[band.cell_T]

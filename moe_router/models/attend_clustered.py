@@ -64,7 +64,8 @@ class ClusteredAttention(nn.Module):
         blocks, band = packing.blocks(how.block), None
         if any(near):
             low_N = blocks.first_N[blocks.low_N]
-            band = Band(blocks.first_N, blocks.last_N, low_N, how.block, *near)
+            bounds = (blocks.first_N, blocks.last_N, low_N)
+            band = Band(*bounds, how.block, *near, packing.tokens)
         if self.kernels == "reference":
             y_THC = reference_attention.attend_clusters(*qkv, offsets_B1, *clusters[:2], *near)
         else:

@@ -9,15 +9,12 @@ from benchmarks import (
     attention,
     attention_cases,
     attention_decode,
-    attention_recall,
     attention_table,
     attention_tiles,
     results,
 )
 from benchmarks.attention_cases import Case, Shape
 from benchmarks.contest import WrongResult
-from moe_router.models.attend_routed import pairs_of
-from moe_router.routing.blocks import BlockRouter, Blocks
 
 CPU = torch.device("cpu")
 
@@ -134,10 +131,8 @@ def test_the_table_says_what_was_lost_and_what_was_not_timed():
     cut = {"name": "tiles/keys/wide/share30/T32768", "value": 5.0, "cut": "Tile()", "best": True}
     growth = {"name": "growth/top16/forward", "value": 1.02, "between": [8, 64], "goal": 1.15}
     decode = {"name": "decode/top16/T8", "value": 2.0, "peer_value": 3.0}
-    recall = attention_recall.table_row("window", [0.5, 0.25], 9)
-    text = attention_table.table([lost, growth, cut, wrong, decode, recall]).splitlines()
-    assert text[-1] == "| window | 0.375 | 0.1768 | 0.5, 0.25 |"
-    assert text[-5] == (
+    text = attention_table.table([lost, growth, cut, wrong, decode]).splitlines()
+    assert text[-1] == (
         "- decode/top16/T8: 2.0 us a token, dense attention to the same pages 3.0 us"
     )
     assert text[2].startswith("| forward/top16/T8 | none: WrongResult: error 1 |")
@@ -145,21 +140,4 @@ def test_the_table_says_what_was_lost_and_what_was_not_timed():
     assert "| **0.9** |  | cudnn no GPU |" in text[3]
     assert len({line.count("|") for line in text[:4]}) == 1
     assert text[7] == "| keys | wide: Tile() | 5.0 |  | yes |"
-    assert text[-6].endswith("1.02 from 8 to 64 tokens (goal: at most 1.15)")
-
-
-def test_variants_of_recall_see_as_many_pairs(monkeypatch):
-    monkeypatch.setattr(attention_recall, "BATCH", 1)
-    for name in attention_recall.HOW:
-        routed = attention_recall.model_config(name).attention
-        assert (routed is None) == (name == "dense")
-        if routed is not None:
-            router = BlockRouter(routed)
-            x = [torch.randn(256, heads, 16) for heads in (4, 2)]
-            blocks = Blocks.of([256], routed.block, CPU)
-            pairs = int(pairs_of(router.lists(*x, blocks).target_NJK, blocks))
-            assert pairs / (256 * 257 // 2) == pytest.approx(0.2646, abs=1e-4), name
-    monkeypatch.setattr(attention_recall, "HALF", 32)
-    assert 0 <= attention_recall.recall("chosen", 0, 1) < 0.2  # one step: about 1 / 64
-    row = attention_recall.table_row("window", [0.5, 0.25], 9)
-    assert (row["name"], row["mean"], row["std"]) == ("recall/window", 0.375, 0.1768)
+    assert text[-2].endswith("1.02 from 8 to 64 tokens (goal: at most 1.15)")

@@ -49,7 +49,7 @@ def test_values_and_gradients_are_the_oracles(
     with poisoned():
         rows = sort_by_cluster(offsets, cluster_TJ, clusters, block, longest, "triton")
         assert rows.last_N[-1] == rows.first_N[-1] == T * J  # no block: as many as there may be
-        band = Band(*ints, block, window, global_tokens) if window else None
+        band = Band(*ints, block, window, global_tokens, T) if window else None
         lists = (cluster_TJ, leaves[3], rows, band, block)
         got = attend_clusters(*leaves[:3], *lists, kernels="triton")
         grads = torch.autograd.grad(got, leaves, grad_THd.to(dtype))

@@ -28,7 +28,9 @@ def cut(lengths, block):
 def executed(q, k, v, lengths, cluster_TJ, weight_TJ, clusters, window, first, block):
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     rows = sort_by_cluster(offsets, cluster_TJ, clusters, block, max(lengths), "auto")
-    band = Band(*cut(lengths, block), block, window, first) if window or first else None
+    band = (
+        Band(*cut(lengths, block), block, window, first, sum(lengths)) if window or first else None
+    )
     return attend_clusters(q, k, v, cluster_TJ, weight_TJ, rows, band, block)
 
 

@@ -71,7 +71,7 @@ def of_clusters(device, block):
     def ours(q, k, v, weight):
         blocks = Blocks.of(LENGTHS, block, device)
         low = blocks.first_N[blocks.low_N]
-        band = Band(blocks.first_N, blocks.last_N, low, block, 4, 2)
+        band = Band(blocks.first_N, blocks.last_N, low, block, 4, 2, T)
         rows = sort_by_cluster(offsets, cluster_TJ, 3, block, max(LENGTHS), "auto")
         return attend_clusters(q, k, v, cluster_TJ, weight, rows, band, block)
 
