@@ -8,11 +8,12 @@ from torch import Tensor
 
 from moe_router_kernels.choose import uses_triton
 from moe_router_kernels.gathered_attention import attend_blocks as gathered
+from moe_router_kernels.operation import operation
 from moe_router_kernels.plan_op import plan_from_ids, said
 from moe_router_kernels.reference_attention import attend_blocks as plain
 
 
-@torch.library.custom_op("moe_router::attend_blocks", mutates_args=())
+@operation("moe_router::attend_blocks")
 def _attend(
     q_THd: Tensor,
     k_TJd: Tensor,
@@ -35,7 +36,7 @@ def _attend(
     return block_attention.forward(q_THd, k_TJd, v_TJd, lists, block, causal, tiles)
 
 
-@torch.library.custom_op("moe_router::attend_blocks_backward", mutates_args=())
+@operation("moe_router::attend_blocks_backward")
 def _attend_backward(
     grad_THd: Tensor,
     grad_HT: Tensor,

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from moe_router_kernels import reference_attention as plain
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.operation import operation
 
 
-@torch.library.custom_op("moe_router::block_means", mutates_args=())
+@operation("moe_router::block_means")
 def _block_means(
     x_THd: Tensor, first_N: Tensor, last_N: Tensor, kv_heads: int, block: int
 ) -> Tensor:
@@ -66,7 +67,7 @@ def block_means(
     return mean_NJd
 
 
-@torch.library.custom_op("moe_router::choose_blocks", mutates_args=())
+@operation("moe_router::choose_blocks")
 def _choose_blocks(
     score_MJN: Tensor,
     own_M: Tensor,
@@ -108,7 +109,7 @@ def choose_blocks(
     return target_MJK
 
 
-@torch.library.custom_op("moe_router::route_blocks", mutates_args=())
+@operation("moe_router::route_blocks")
 def _route_blocks(
     q_THd: Tensor,
     k_TJd: Tensor,

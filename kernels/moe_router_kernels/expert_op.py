@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.operation import operation
 from moe_router_kernels.plan_op import plan_from_ids
 from moe_router_kernels.tiles import Few, is_few
 
@@ -31,7 +32,7 @@ def runs_expert_mlp(kernels: str, x_TD: Tensor, gate_up: Tensor) -> bool:
     return runs
 
 
-@torch.library.custom_op("moe_router::expert_mlp", mutates_args=())
+@operation("moe_router::expert_mlp")
 def _expert_mlp(
     x_TD: Tensor,
     weight_TK: Tensor,
@@ -55,7 +56,7 @@ def _expert_mlp(
     return fused_experts.forward(x_TD, weight_TK, gate_up_cast, down_cast, plan, keep)
 
 
-@torch.library.custom_op("moe_router::expert_mlp_backward", mutates_args=())
+@operation("moe_router::expert_mlp_backward")
 def _expert_mlp_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -198,7 +199,7 @@ def expert_mlp(
     return out
 
 
-@torch.library.custom_op("moe_router::few_experts", mutates_args=())
+@operation("moe_router::few_experts")
 def _few_experts(
     x_TD: Tensor, weight_TK: Tensor, ids_TK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_router_kernels import reference
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.operation import operation
 from moe_router_kernels.plan_op import PlanTensors, check_ids, real, said
 
 _Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -82,7 +83,7 @@ def gate(
     return Gate(raw_TK, weight_TK, share_G, z, load_G, whole)
 
 
-@torch.library.custom_op("moe_router::gate", mutates_args=())
+@operation("moe_router::gate")
 def _gate(
     logits_TG: Tensor,
     k: int,
@@ -111,7 +112,7 @@ def _gate(
     return weight_TK, *_sums(logits_TG, score_TG, sums), raw_TK, load_G, *plan
 
 
-@torch.library.custom_op("moe_router::weigh", mutates_args=())
+@operation("moe_router::weigh")
 def _weigh(
     logits_TG: Tensor,
     given_TK: Tensor,
@@ -135,7 +136,7 @@ def _weigh(
     return weight_TK, *_sums(logits_TG, score_TG, sums)
 
 
-@torch.library.custom_op("moe_router::gate_backward", mutates_args=())
+@operation("moe_router::gate_backward")
 def _gate_backward(
     grad_TK: Tensor,
     grad_G: Tensor | None,

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moe_router_kernels import reference
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.operation import operation
 
 
-@torch.library.custom_op("moe_router::gather", mutates_args=())
+@operation("moe_router::gather")
 def _gather(x_TD: Tensor, src_R: Tensor, row_TK: Tensor) -> Tensor:
     if _triton(x_TD):
         from moe_router_kernels import permute
@@ -23,7 +24,7 @@ def _gather(x_TD: Tensor, src_R: Tensor, row_TK: Tensor) -> Tensor:
     return reference.gather(x_TD, src_R)
 
 
-@torch.library.custom_op("moe_router::combine", mutates_args=())
+@operation("moe_router::combine")
 def _combine(
     y_RD: Tensor, weight_TK: Tensor | None, src_R: Tensor, choice_R: Tensor, row_TK: Tensor
 ) -> Tensor:
@@ -41,7 +42,7 @@ def _combine(
     return F.embedding_bag(row_TK.clamp(min=0), y_RD, per_sample_weights=weight_TK, mode="sum")
 
 
-@torch.library.custom_op("moe_router::combine_backward", mutates_args=())
+@operation("moe_router::combine_backward")
 def _combine_backward(
     grad_TD: Tensor, y_RD: Tensor, weight_TK: Tensor, src_R: Tensor, choice_R: Tensor,
     row_TK: Tensor,
@@ -142,14 +143,14 @@ def combine(
     return out_TD
 
 
-@torch.library.custom_op("moe_router::grouped_mm", mutates_args=())
+@operation("moe_router::grouped_mm")
 def _grouped_mm(x_RD: Tensor, w_GDF: Tensor, offsets_G1: Tensor) -> Tensor:
     if _torch_multiplies(x_RD, w_GDF):
         return F.grouped_mm(x_RD, w_GDF, offs=offsets_G1[1:])
     return reference.grouped_mm(x_RD, w_GDF, offsets_G1)
 
 
-@torch.library.custom_op("moe_router::group_weights", mutates_args=())
+@operation("moe_router::group_weights")
 def _group_weights(x_RD: Tensor, y_RF: Tensor, offsets_G1: Tensor) -> Tensor:
     """(G, D, F): x transposed times y over the rows of each group."""
     if _torch_multiplies(x_RD, y_RF):

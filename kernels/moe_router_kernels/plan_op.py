@@ -10,11 +10,12 @@ from torch import Tensor
 
 from moe_router_kernels import reference
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.operation import operation
 
 PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("moe_router::plan_from_ids", mutates_args=())
+@operation("moe_router::plan_from_ids")
 def _plan_from_ids(target_TK: Tensor, groups: int, triton: bool) -> PlanTensors:
     if triton:
         from moe_router_kernels import planning
@@ -45,7 +46,7 @@ def plan_from_ids(target_TK: Tensor, groups: int, kernels: str = "auto") -> Plan
     return plan
 
 
-@torch.library.custom_op("moe_router::within_capacity", mutates_args=())
+@operation("moe_router::within_capacity")
 def _within_capacity(
     target_TK: Tensor, groups: int, order_R: Tensor, capacity: int, triton: bool
 ) -> Tensor:
@@ -77,7 +78,7 @@ def within_capacity(
     return kept_TK
 
 
-@torch.library.custom_op("moe_router::select_top_c", mutates_args=())
+@operation("moe_router::select_top_c")
 def _select_top_c(score_TG: Tensor, offsets_S1: Tensor, count_S: Tensor, triton: bool) -> Tensor:
     if triton:
         from moe_router_kernels import top_c

@@ -31,7 +31,7 @@ def test_means_and_their_gradient_are_the_references(lengths, block):
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(got_grad, wanted_grad)
     if block == 7:
-        torch.library.opcheck(block_choice_op._block_means, (x, *bounds, 2, block))
+        torch.library.opcheck(block_choice_op._block_means.op, (x, *bounds, 2, block))
 
 
 @pytest.mark.parametrize("lengths, block", [([40], 8), ([5, 0, 33], 7), ([], 16)])
@@ -53,7 +53,7 @@ def test_routing_is_the_references(lengths, block, causal):
         in_order, wanted, _ = attention_op.by_mask(target, easy)
         assert torch.equal(target, in_order) and torch.equal(count, wanted)
     if block == 7:
-        torch.library.opcheck(block_choice_op._route_blocks, (*arguments, causal))
+        torch.library.opcheck(block_choice_op._route_blocks.op, (*arguments, causal))
 
 
 @pytest.mark.parametrize("lengths, causal", [([16], True), ([5, 0, 9, 1], False), ([], True)])
@@ -71,4 +71,4 @@ def test_the_choice_is_the_references(lengths, causal, k, window):
         got = block_choice_op.choose_blocks(*arguments, "triton")
     assert torch.equal(got, block_choice_op.choose_blocks(*arguments, "reference"))
     if N and k == 1:
-        torch.library.opcheck(block_choice_op._choose_blocks, (*arguments, True))
+        torch.library.opcheck(block_choice_op._choose_blocks.op, (*arguments, True))

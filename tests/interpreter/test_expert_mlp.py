@@ -171,9 +171,9 @@ def test_by_ids_many_rows_and_gradients_go_by_a_plan():
 def test_the_operation_keeps_to_what_its_fake_says():
     leaves, plan, _ = tensors(12, 32, 16, 4, 2, "uniform", torch.float32)
     cast = [leaf.detach() for leaf in leaves[2:]]
-    torch.library.opcheck(expert_op._expert_mlp, (*leaves, *cast, *plan, True, False))
+    torch.library.opcheck(expert_op._expert_mlp.op, (*leaves, *cast, *plan, True, False))
     x_TD, weight_TK, *cast = (leaf.detach() for leaf in leaves)
-    torch.library.opcheck(expert_op._few_experts, (x_TD, weight_TK, ids_of(plan, 4), *cast))
+    torch.library.opcheck(expert_op._few_experts.op, (x_TD, weight_TK, ids_of(plan, 4), *cast))
 
 
 @pytest.mark.parametrize(

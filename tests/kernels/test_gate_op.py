@@ -46,21 +46,21 @@ def test_gradients_are_those_of_the_definition(name, given):
 
 
 def test_an_operation_keeps_to_what_its_fake_says():
-    made = gate_op._gate
+    made = gate_op._gate.op
     args = (logits(dtype=torch.float32), 2, 6, "softmax", True, True, False, None, 1, 1)
     torch.library.opcheck(made, args)
     given_TK = torch.zeros(9, 2, dtype=torch.int32)
-    torch.library.opcheck(gate_op._weigh, (args[0], given_TK, 6, "softmax", True, True, False))
-    torch.library.opcheck(plan_op._plan_from_ids, (given_TK, 3, False))
+    torch.library.opcheck(gate_op._weigh.op, (args[0], given_TK, 6, "softmax", True, True, False))
+    torch.library.opcheck(plan_op._plan_from_ids.op, (given_TK, 3, False))
     order_R = torch.arange(18)
-    torch.library.opcheck(plan_op._within_capacity, (given_TK, 3, order_R, 2, False))
+    torch.library.opcheck(plan_op._within_capacity.op, (given_TK, 3, order_R, 2, False))
     bounds, count = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([1, 2])
-    torch.library.opcheck(plan_op._select_top_c, (torch.randn(9, 6), bounds, count, False))
+    torch.library.opcheck(plan_op._select_top_c.op, (torch.randn(9, 6), bounds, count, False))
     src_R, choice_R, _, row_TK = reference.plan(given_TK, 3)
     x_TD, weight_TK = torch.randn(9, 4, requires_grad=True), torch.rand(9, 2, requires_grad=True)
-    torch.library.opcheck(ops._gather, (x_TD, src_R, row_TK))
+    torch.library.opcheck(ops._gather.op, (x_TD, src_R, row_TK))
     y_RD = torch.randn(18, 4, requires_grad=True)
-    torch.library.opcheck(ops._combine, (y_RD, weight_TK, src_R, choice_R, row_TK))
+    torch.library.opcheck(ops._combine.op, (y_RD, weight_TK, src_R, choice_R, row_TK))
 
 
 @pytest.mark.parametrize(
