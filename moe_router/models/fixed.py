@@ -64,7 +64,7 @@ def obstacle(config: ModelConfig) -> str:
     if routing is not None and config.moe is not None:
         return "model.moe beside model.routing: experts see how many tokens come"
     if config.attention is not None:
-        return f"model.attention.kind={config.attention.kind}: blocks of keys are chosen"
+        return f"model.attention.kind={config.attention.kind}: what is attended to is chosen"
     return ""
 
 

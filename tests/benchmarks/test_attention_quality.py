@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention_quality, attention_recall, attention_table, by_seed, results
+from benchmarks import (
+    attention_learner,
+    attention_quality,
+    attention_recall,
+    attention_table,
+    by_seed,
+    results,
+)
 from benchmarks.attention_controls import NAMES, attention_config, linear_attention, make_model
 from benchmarks.attention_learner import NONE, Learner
 from benchmarks.attention_recall import Task
@@ -94,6 +101,21 @@ def test_no_variant_looks_ahead_and_each_learns(name):
     learner.train(lambda _: batch, 12, 2)
     loss, accuracy = learner.held_out(1, lambda _: batch)
     assert loss < 2.9 and accuracy > 0.08  # log 20 is 3.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_one_graph_that_learns_as_its_launches_do(name, monkeypatch):
+    task, losses, capture = Task(256, 2, 32, 50), [], attention_learner.capture
+    monkeypatch.setattr(attention_learner, "tell", pytest.fail)  # it tells why there is no graph
+    for way in (capture, lambda run: (run(), run)[1]):
+        monkeypatch.setattr(attention_learner, "capture", way)
+        model = make_model(name, SIZES | {"dim": 64}, 256, 16, 1, 50, 0)
+        learner = Learner(model, 2, 256, lr=0.01, device=torch.device("cuda"))
+        generator = torch.Generator().manual_seed(0)
+        learner.train(lambda _, g=generator: task.batch(g), 20, 2)
+        losses.append(float(learner.loss))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_a_run_that_was_cut_goes_on(folder, tmp_path, capsys):

@@ -174,6 +174,20 @@ def test_balance_is_1_where_clusters_are_equal_and_c_where_one_has_all():
     assert float(model.aux_loss(out).detach()) == pytest.approx(0.01 * float(sum(losses).detach()))
 
 
+def test_ranks_choose_as_one_does_and_their_losses_sum_to_its():
+    router = clustered(model_with())[0].router.train()
+    x, place, offsets = torch.randn(10, 16), torch.arange(10), torch.tensor([0, 3, 4, 10])
+    whole = router(x, place, offsets, Context(key=NoiseKey(1, 2, 7)))
+    router.total = lambda _: torch.tensor(3.0)
+    parts = [
+        router(x[:4], place[:4], torch.tensor([0, 3, 4]), Context(key=NoiseKey(1, 2, 7))),
+        router(x[4:], place[4:], torch.tensor([0, 6]), Context(key=NoiseKey(1, 2, 11))),
+    ]
+    assert torch.equal(torch.cat([part.cluster_TJ for part in parts]), whole.cluster_TJ)
+    losses = [part.losses["cluster_balance"] for part in parts]
+    torch.testing.assert_close(sum(losses), whole.losses["cluster_balance"])
+
+
 def test_training_comes_down_from_one_cluster():
     model, batch = model_with({"curriculum": 9}).train(), packed(LENGTHS, vocab=VOCAB)
     config = clustered(model)[0].config
