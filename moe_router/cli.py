@@ -3,12 +3,8 @@
 What a command works with is imported inside it: a wrong path is told at once.
 """
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,41 +12,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from moe_router.errors import ConfigError, MoeRouterError
+from moe_router.cli_machine import doctor, simulate
+from moe_router.cli_options import (
+    INTERRUPTED,
+    AsJson,
+    Device,
+    Run,
+    Set,
+    Spend,
+    Where,
+    one_line_errors,
+    print_json,
+)
+from moe_router.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_router.config import Config
 
-INTERRUPTED = 130  # what a shell expects of a command that Ctrl-C ended
+__all__ = ["INTERRUPTED", "Run", "Set", "app", "one_line_errors"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-Run = Annotated[Path, typer.Argument(help="runs/NAME, or one of its steps: runs/NAME/step_N")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key")]
-Where = Annotated[Device, typer.Option(help="where to compute")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")]
-Spend = Annotated[float | None, typer.Option(help="depth: 0, the least, to 1", min=0, max=1)]
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What we raised on purpose ends as one line on stderr and exit code 1, without a traceback."""
-    stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    try:
-        yield
-    except MoeRouterError as error:
-        stderr.print(f"error: {error}", style="bold red" if stderr.is_terminal else None)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        stderr.print("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _version(asked: bool) -> None:
@@ -87,7 +68,7 @@ def evaluate(
 
         record = evaluate_step(step, set_ or (), _device(device), compute_budget, soft)
         if as_json:
-            _print_json(asdict(record))
+            print_json(asdict(record))
         else:
             Console().print(eval_table(record, str(step)))
 
@@ -176,7 +157,7 @@ def cost(
         if as_json:
             sums = ("parameters", "active", "bytes", "flops", "dense_flops", "flops_per_step")
             shares = ("router_parameter_share", "router_flop_share")
-            _print_json(asdict(total) | {n: getattr(total, n) for n in (*sums, *shares)})
+            print_json(asdict(total) | {n: getattr(total, n) for n in (*sums, *shares)})
             return
         console = Console()
         console.print(cost_table(total, config))
@@ -199,36 +180,8 @@ def tokenizer(
         typer.echo(f"{output}: {made:,} ids; train with --set data.tokenizer={output}")
 
 
-Links = Annotated[bool, typer.Option("--links", help="time tokens between two ranks here instead")]
-
-
-@app.command()
-def doctor(as_json: AsJson = False, links: Links = False) -> None:
-    """What this machine has and lacks, each with the fix. Exit code 1 if training cannot start."""
-    if links:
-        _print_links(as_json)
-        return
-    from moe_router.doctor import examine
-    from moe_router.tables import doctor_table
-
-    findings = examine()
-    if as_json:
-        _print_json([asdict(finding) for finding in findings])
-    else:
-        Console().print(doctor_table(findings))
-    if any(finding.status == "missing" for finding in findings):
-        raise typer.Exit(1)
-
-
-def _print_links(as_json: bool) -> None:
-    from moe_router.dispatch.probe import probe
-    from moe_router.tables import links_table
-
-    link, probes = probe()
-    if as_json:
-        _print_json({"link": asdict(link), "probes": [asdict(found) for found in probes]})
-    else:
-        Console().print(links_table(link, probes))
+app.command()(doctor)
+app.command()(simulate)
 
 
 def _vocab(config: "Config") -> int:
@@ -244,7 +197,3 @@ def _device(asked: Device) -> str:
     if asked is Device.cuda and not there:
         raise ConfigError("--device cuda: torch finds no GPU; see moe-router doctor")
     return "cuda" if there and asked is not Device.cpu else "cpu"
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2))

@@ -5,22 +5,19 @@ read off them. Every refusal is one line that starts with the file.
 """
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from moe_router.config import Config
 from moe_router.errors import ConfigError
+from moe_router.strict_schema import fields_of, nearest, section, shown
 from moe_router.strict_yaml import parse_yaml
 
+Schema = TypeVar("Schema")
 _PACKAGE = Path(__file__).parent
 # a wheel carries them inside the package (setup.py), a checkout beside it
 _SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
-_WANTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -34,8 +31,22 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the first thing that is wrong, in one line that starts with the file.
     """
     source = str(path)
-    data = _read(find_config(path), source)
+    data = _read(find_config(path), source, Config)
     return config_from_dict(override(data, overrides, source), source)
+
+
+def read_section(path: Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
+    """A YAML file as the dataclass `schema`, as strictly as a config.
+
+    Args:
+        overrides: as of `load_config`.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one line that starts with the file.
+    """
+    source = str(path)
+    data = override(_read(path, source, schema), overrides, source)
+    return _checked(data, schema, source)
 
 
 def find_config(name_or_path: Path | str) -> Path:
@@ -56,7 +67,7 @@ def find_config(name_or_path: Path | str) -> Path:
         if found is not None:
             return found
     what = "is a folder" if path.is_dir() else "no such file"
-    hint = _nearest(path.stem, known) or f"want a YAML file or one of: {', '.join(known)}"
+    hint = nearest(path.stem, known) or f"want a YAML file or one of: {', '.join(known)}"
     raise ConfigError(f"{name_or_path}: {what}; {hint}")
 
 
@@ -76,11 +87,7 @@ def config_from_dict(data: dict[str, Any], source: str = "config") -> Config:
     Raises:
         ConfigError: unknown or missing key, wrong type, or a value out of range.
     """
-    try:
-        config: Config = _section(data, Config, "")
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    return config
+    return _checked(data, Config, source)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -105,7 +112,15 @@ def override(
     return data
 
 
-def _read(path: Path, source: str) -> dict[str, Any]:
+def _checked(data: dict[str, Any], schema: type[Schema], source: str) -> Schema:
+    try:
+        found: Schema = section(data, schema, "")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return found
+
+
+def _read(path: Path, source: str, schema: type[Any]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -114,8 +129,8 @@ def _read(path: Path, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: cannot be read ({error.strerror}); check the file") from error
     data = parse_yaml(text, source)
     if not isinstance(data, dict):
-        got = "is empty" if data is None else f"holds {_shown(data)}"
-        raise ConfigError(f"{source}: {got}; want the sections {', '.join(_fields(Config))}")
+        got = "is empty" if data is None else f"holds {shown(data)}"
+        raise ConfigError(f"{source}: {got}; want the sections {', '.join(fields_of(schema))}")
     return data
 
 
@@ -127,123 +142,14 @@ def _put(data: dict[str, Any], override: str, source: str) -> None:
         raise ConfigError(
             f"{source}: --set {override}: want key=value, such as --set train.steps=100"
         )
-    section = data
+    part = data
     for depth, name in enumerate(names[:-1], 1):
-        if section.get(name) is None:
-            section[name] = {}
-        section = section[name]
-        if not isinstance(section, dict):
+        if part.get(name) is None:
+            part[name] = {}
+        part = part[name]
+        if not isinstance(part, dict):
             raise ConfigError(
-                f"{source}: --set {override}: {'.'.join(names[:depth])} is {_shown(section)}, "
+                f"{source}: --set {override}: {'.'.join(names[:depth])} is {shown(part)}, "
                 "not a section; set it without a dot"
             )
-    section[names[-1]] = parse_yaml(text, f"{source}: --set {override}")
-
-
-def _section(data: object, schema: type[Any], at: str) -> Any:
-    """An instance of the dataclass `schema` from a mapping; `at` is its key, "" at the top."""
-    hints, fields = typing.get_type_hints(schema), _fields(schema)
-    prefix = f"{at}." if at else ""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{at}={_shown(data)}: want a section with {', '.join(fields)}")
-    for key in data:
-        if key not in fields:
-            hint = _nearest(key, fields, prefix) or f"want one of: {', '.join(fields)}"
-            raise ConfigError(f"{prefix}{key}: unknown key; {hint}")
-    for name, field in fields.items():
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and name not in data:
-            raise ConfigError(f"{prefix}{name}: missing key; add it, want {_wanted(hints[name])}")
-    # by the order of the schema, so that the first complaint does not depend on the file's order
-    values = {k: _value(data[k], hints[k], prefix + k) for k in fields if k in data}
-    return schema(**values)
-
-
-def _value(value: object, hint: Any, key: str) -> Any:
-    """`value` as the annotation `hint` wants it."""
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    if dataclasses.is_dataclass(hint):
-        return _section(value, typing.cast(type, hint), key)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key}={_shown(value)}: want {_wanted(hint)}")
-        (item, _) = typing.get_args(hint)
-        return tuple(_value(each, item, f"{key}[{i}]") for i, each in enumerate(value))
-    if typing.get_origin(hint) is Literal:
-        options = typing.get_args(hint)
-        if isinstance(value, str) and value in options:
-            return value
-        near = _nearest(value, options)
-        raise ConfigError(
-            f"{key}={_shown(value)}: want {_wanted(hint)}" + (f"; {near}" if near else "")
-        )
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        value = _number(value)
-    if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
-        raise ConfigError(f"{key}={_shown(value)}: want {_wanted(hint)}{_fix(value, hint)}")
-    return value
-
-
-def _number(value: int | str) -> object:
-    """A float, also from "1e-3", which YAML 1.1 takes for text because it has no dot."""
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return value
-
-
-def _fix(value: object, hint: type) -> str:
-    """How to write what was probably meant, "" if the wanted type says it all."""
-    if hint is str and value is not None:
-        return f"; put it in quotes: '{value}'"
-    number = _number(value) if isinstance(value, str) else value
-    if hint is int and isinstance(number, float) and number.is_integer():
-        return f"; write {int(number)}"
-    if isinstance(value, str) and _reads_as(value, hint):
-        return f"; take the quotes off: {value}"
-    return ""
-
-
-def _reads_as(text: str, hint: type) -> bool:
-    try:
-        return isinstance(parse_yaml(text, ""), hint)
-    except ConfigError:
-        return False
-
-
-def _wanted(hint: Any) -> str:
-    """An annotation in words."""
-    if isinstance(hint, types.UnionType):
-        options = [o for o in typing.get_args(hint) if o is not types.NoneType]
-        return " or ".join([*map(_wanted, options), "null"])
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return f"a list, each {_wanted(typing.get_args(hint)[0])}"
-    if dataclasses.is_dataclass(hint):
-        return f"a section with {', '.join(_fields(hint))}"
-    return _WANTED[hint]
-
-
-def _fields(schema: Any) -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(schema)}
-
-
-def _nearest(name: object, known: Iterable[str], prefix: str = "") -> str | None:
-    close = difflib.get_close_matches(str(name), list(known), 1)
-    return f"did you mean {prefix}{close[0]}?" if close else None
-
-
-def _shown(value: object) -> str:
-    """A value as YAML writes it, on one line, not too long."""
-    match value:
-        case None:
-            text = "null"
-        case bool():
-            text = str(value).lower()
-        case _:
-            text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+    part[names[-1]] = parse_yaml(text, f"{source}: --set {override}")

@@ -11,8 +11,6 @@ from rich.text import Text
 
 from moe_router.cost import Cost
 from moe_router.cost_parts import Part
-from moe_router.dispatch.cost_model import Link
-from moe_router.dispatch.probe import Probe
 from moe_router.doctor import Finding, Status
 from moe_router.observability.records import EvalRecord
 
@@ -109,29 +107,4 @@ def eval_table(record: EvalRecord, title: str) -> Table:
         table.add_row("of the unigram entropy", f"{share:.3f}")
     if record.executed is not None:
         table.add_row("executed, of the dense model's FLOPs", f"{record.executed:.1%}")
-    return table
-
-
-def links_table(link: Link, probes: Sequence[Probe]) -> Table:
-    """One row per problem and transport, with what the prediction missed by; the chooser's is
-    marked."""
-    rates = ", ".join(f"{name} {short(rate, 'B/s')}" for name, rate in link.bytes_per_s.items())
-    table = Table(
-        title=f"{link.ranks} ranks on {link.device}: {rates}",
-        title_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
-        caption="microseconds of a dispatch and a combine of a rank's tokens, without experts; "
-        "the slowest rank counts; * is what cluster.transport: auto would take",
-        caption_justify="left",
-    )
-    for name in ("tokens", "transport", "predicted", "measured", "error"):
-        table.add_column(name, justify="left" if name in ("tokens", "transport") else "right")
-    for found in probes:
-        for name, took in found.measured.items():
-            mark = " *" if name == found.chosen else ""
-            predicted = found.predicted[name]
-            times = (f"{seconds * 1e6:,.0f}" for seconds in (predicted, took))
-            table.add_row(str(found.problem), name + mark, *times, f"{predicted / took - 1:+.0%}")
-        table.add_section()
     return table

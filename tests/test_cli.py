@@ -18,7 +18,7 @@ from moe_router.config_file import config_to_dict, load_config
 from moe_router.dispatch.cost_model import Link, Problem
 from moe_router.dispatch.probe import Probe
 from moe_router.observability.metrics import MetricsWriter
-from moe_router.tables import links_table
+from moe_router.tables_links import links_table
 from moe_router.training.loop import Trainer
 
 # torch says at each checkpoint of one rank that there is one rank

@@ -20,30 +20,42 @@ from moe_router.dispatch.where import Rows, Where, lay_out
 from moe_router.errors import ConfigError
 from moe_router.routing.plan import plan_from_ids
 
+Clock = Callable[[], float]  # seconds
 _log = logging.getLogger(__name__)
 _ROW = 4096  # bytes of a row whose rate is measured
 _BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}  # of each collective, from one rank
 _TIMEOUT_S = 60.0  # of a peer that does not answer
 
 
-def slowest(run: Callable[[], object], device: torch.device, group: Group, times: int) -> float:
+def slowest(
+    run: Callable[[], object], device: torch.device, group: Group, times: int, clock: Clock
+) -> float:
     """Median seconds of `run`, each time of the slowest rank; the first run is not counted."""
     samples = []
     start = torch.zeros((), device=device)
     for _ in range(times + 1):
         dist.all_reduce(start, group=group)  # all ranks begin together
         _wait(device)
-        began = time.perf_counter()
+        began = clock()
         run()
         _wait(device)
-        samples.append(time.perf_counter() - began)
+        samples.append(clock() - began)
     worst = torch.tensor(samples[1:], dtype=torch.float64, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
     return float(worst.median())
 
 
-def measure(device: torch.device, group: Group = None, times: int = 7) -> Link:
-    """Rates and fixed costs of the group's link; all ranks must ask together."""
+def measure(
+    device: torch.device,
+    group: Group = None,
+    times: int = 7,
+    clock: Clock = time.perf_counter,
+) -> Link:
+    """Rates and fixed costs of the group's link; all ranks must ask together.
+
+    Args:
+        clock: `time.process_time` where others share the cores: a wait then costs nothing, though.
+    """
     ranks = dist.get_world_size(group)
     rows = _BYTES[device.type] // _ROW // ranks * ranks
     x_RD = torch.ones(rows, _ROW // 4, device=device)
@@ -65,9 +77,13 @@ def measure(device: torch.device, group: Group = None, times: int = 7) -> Link:
         splits = Splits(even, even, torch.tensor(even, device=device), rows)
         given = (x_RD, message, 1, splits, message.overflow, False)
         ways["put"] = (lambda: mover.start_out(*given)[3].wait(), crossing)
-    rates = {n: ways[n][1] / slowest(ways[n][0], device, group, times) for n in RATES if n in ways}
+    rates = {
+        n: ways[n][1] / slowest(ways[n][0], device, group, times, clock) for n in RATES if n in ways
+    }
     one = Problem(1, 1, ranks, ranks, 4, 4)
-    return Link(ranks, device.type, rates, measure_transports(one, device, group, times, names))
+    return Link(
+        ranks, device.type, rates, measure_transports(one, device, group, times, names, clock=clock)
+    )
 
 
 def peer_mover(device: torch.device, group: Group = None) -> PeerMover | None:
@@ -109,6 +125,7 @@ def measure_transports(
     times: int = 7,
     names: Iterable[str] = NAMES,
     factor: float = 2.0,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, float]:
     """Seconds of a dispatch and a combine without gradient, by transport."""
     inputs = (*problem.draw(device, dist.get_rank(group)), problem.placement)
@@ -116,7 +133,7 @@ def measure_transports(
     with torch.no_grad():
         for name in names:
             by = make_transport(name, problem.tokens, factor, group, _TIMEOUT_S)
-            took[name] = slowest(partial(round_trip, by, *inputs), device, group, times)
+            took[name] = slowest(partial(round_trip, by, *inputs), device, group, times, clock)
     return took
 
 

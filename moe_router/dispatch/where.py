@@ -43,7 +43,7 @@ class Tables:
         Args:
             first_token: global index of token 0.
         """
-        tables = self._tables(placement, choice.target_TK.device)
+        tables = self.of(placement, choice.target_TK.device)
         inputs = (choice.target_TK, plan.row_TK, tables, first_token)
         if uses_triton("ranks", "auto", choice.target_TK.device):
             from moe_router_kernels import address
@@ -51,7 +51,7 @@ class Tables:
             return Where(*address.find_ranks(*inputs))
         return Where(*reference.find_ranks(*inputs))
 
-    def _tables(self, placement: Placement, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, placement: Placement, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """How many copies of each expert may serve this rank, and their ranks and slots."""
         key = (placement, device)
         if key not in self._made:
