@@ -2,11 +2,15 @@
 of its own cluster: what `cluster_attention` adds to clusters. Plain torch: a block of queries
 gathers a band of keys; no pair beyond it is computed."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moe_router_kernels.reference import wide
 
+AT_ONCE = 1 << 27  # scores
 NONE = -1e30  # score of no key: finite, or its gradient would be NaN
 
 
@@ -53,10 +57,15 @@ class Band:
         block_T = torch.searchsorted(last_N1[:, 0], token_T, right=True)
         self.cell_T = block_T * block + token_T - first_N1[block_T, 0]
 
-    def seen(self, cluster_TJ: Tensor) -> Tensor:
-        """(N, J, Q, S) bool: near or global, and of another cluster."""
-        of_query, of_key = (cluster_TJ[x].transpose(1, 2) for x in (self.query_NQ, self.key_NS))
-        return self._seen_NQS[:, None] & (of_query[..., None] != of_key[:, :, None])
+    def seen(self, cluster_TJ: Tensor, some: slice = slice(None)) -> Tensor:
+        """(N, J, Q, S) bool: near or global, and of another cluster.
+
+        Args:
+            some: of the N blocks.
+        """
+        of_query = cluster_TJ[self.query_NQ[some]].transpose(1, 2)
+        of_key = cluster_TJ[self.key_NS[some]].transpose(1, 2)
+        return self._seen_NQS[some][:, None] & (of_query[..., None] != of_key[:, :, None])
 
 
 def attend_near(
@@ -68,14 +77,28 @@ def attend_near(
     Args:
         cluster_TJ: the cluster of each token for each KV head.
     """
-    (_, H, d), J = q_THd.shape, k_TJd.size(1)
-    N, block = band.query_NQ.shape
-    G = H // J
-    q_NJXd = q_THd[band.query_NQ].view(N, block, J, G * d).transpose(1, 2).reshape(N, J, -1, d)
-    k_NJSd, v_NJSd = (wide(x[band.key_NS].transpose(1, 2)) for x in (k_TJd, v_TJd))
-    score = (wide(q_NJXd) @ k_NJSd.transpose(2, 3) * d**-0.5).view(N, J, block, G, -1)
-    score = score.masked_fill(~band.seen(cluster_TJ)[:, :, :, None], NONE)
-    y_NJQGd = score.softmax(-1).flatten(2, 3) @ v_NJSd
-    y_NQHd = y_NJQGd.view(N, J, block, G * d).transpose(1, 2).reshape(N, block, H, d)
-    lse_NQH = score.logsumexp(-1).transpose(1, 2).reshape(N, block, H)
-    return y_NQHd.flatten(0, 1)[band.cell_T], lse_NQH.flatten(0, 1)[band.cell_T]
+    inputs = (q_THd, k_TJd, v_TJd, cluster_TJ, band)
+    (N, Q), S = band.query_NQ.shape, band.key_NS.size(1)
+    few = max(1, AT_ONCE // (q_THd.size(1) * Q * S))
+    if few >= N:
+        parts = [_attend_some(*inputs, slice(None))]
+    else:  # scores of all would not fit: those of some at a time, made again in the backward pass
+        again = partial(checkpoint, _attend_some, use_reentrant=False, preserve_rng_state=False)
+        parts = [again(*inputs, slice(at, at + few)) for at in range(0, N, few)]
+    out, lse = (torch.cat(of) for of in zip(*parts, strict=True))
+    return out[band.cell_T], lse[band.cell_T]
+
+
+def _attend_some(
+    q_THd: Tensor, k_TJd: Tensor, v_TJd: Tensor, cluster_TJ: Tensor, band: Band, some: slice
+) -> tuple[Tensor, Tensor]:
+    """For the queries of some blocks, N Q of them."""
+    (_, H, d), J, query_NQ = q_THd.shape, k_TJd.size(1), band.query_NQ[some]
+    (N, Q), G = query_NQ.shape, H // J
+    q_NJXd = q_THd[query_NQ].view(N, Q, J, G * d).transpose(1, 2).reshape(N, J, -1, d)
+    k_NJSd, v_NJSd = (wide(x[band.key_NS[some]].transpose(1, 2)) for x in (k_TJd, v_TJd))
+    score = (wide(q_NJXd) @ k_NJSd.transpose(2, 3) * d**-0.5).view(N, J, Q, G, -1)
+    score = score.masked_fill(~band.seen(cluster_TJ, some)[:, :, :, None], NONE)
+    y_NJXd = score.softmax(-1).flatten(2, 3) @ v_NJSd
+    y_XHd = y_NJXd.view(N, J, Q, G * d).transpose(1, 2).reshape(-1, H, d)
+    return y_XHd, score.logsumexp(-1).transpose(1, 2).reshape(-1, H)

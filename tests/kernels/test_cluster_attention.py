@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_router_kernels import reference, reference_attention
+from moe_router_kernels import near_attention, reference, reference_attention
 from moe_router_kernels.cluster_attention import attend_clusters, sort_by_cluster
 from moe_router_kernels.near_attention import Band
 
@@ -67,7 +67,9 @@ def problem(lengths, clusters, seed=0, J=2):
 
 @pytest.mark.parametrize("lengths", [[29], [5, 0, 21, 1]])
 @pytest.mark.parametrize("clusters, window, first", [(3, 4, 2), (3, 0, 0), (1, 4, 1), (4, 0, 3)])
-def test_values_and_gradients_are_the_oracles(lengths, clusters, window, first):
+@pytest.mark.parametrize("few", [near_attention.AT_ONCE, 500])
+def test_values_and_gradients_are_the_oracles(lengths, clusters, window, first, few, monkeypatch):
+    monkeypatch.setattr(near_attention, "AT_ONCE", few)  # scores of a few blocks at a time, or all
     leaves, cluster_TJ = problem(lengths, clusters)
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     grad, results = torch.randn_like(leaves[0]), []
