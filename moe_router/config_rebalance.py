@@ -9,7 +9,7 @@ from moe_router.errors import require
 class RebalanceConfig:
     """Experts move to where load is least, while training goes on."""
 
-    every: int = 100  # steps between looks at the load
+    every: int = 100  # steps between looks at the load; a checkpoint follows each
     spare: int = 0  # slots of an actor beyond its share of the experts, for copies of busy ones
     decay: float = 0.98  # what a step leaves of the moving average of the load
 

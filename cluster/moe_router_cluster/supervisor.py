@@ -63,6 +63,8 @@ class Supervisor:
         self._group, self._writer, self._view = group, writer, view
         self._interrupts, self._latest, self._agree = interrupts, latest, agree
         self._observers = observers
+        rebalance = config.cluster.rebalance
+        self._rebalance_every = 0 if rebalance is None else rebalance.every
         self._kill = kill if kill is not None and kill.step >= step else None
         self._killed: tuple[int, int, float] | None = None  # rank, step, time
         self._step_s = 0.0  # how long one step takes
@@ -97,7 +99,8 @@ class Supervisor:
             if done.step == self._train.steps:
                 return True
             self._chunk()
-            if self._is_due(self._train.checkpoint_every):
+            # experts move at a step that is kept: the checkpoint says where they are
+            if self._is_due(self._train.checkpoint_every) or self._is_due(self._rebalance_every):
                 self._save(wait=done.step == self._train.steps)
             elif (every := self._config.cluster.replicate_every) and done.step % every == 0:
                 self._group.ask("replicate")  # after a save it would only say the same
@@ -135,7 +138,8 @@ class Supervisor:
         if self._kill is not None and self._kill.step > step:
             stops.append(self._kill.step)
         train, replicate_every = self._train, self._config.cluster.replicate_every
-        for every in (train.checkpoint_every, train.eval_every, replicate_every):
+        kept = (train.checkpoint_every, self._rebalance_every)
+        for every in (*kept, train.eval_every, replicate_every):
             if every > 0:
                 stops.append(step + every - step % every)
         wished = max(1, int(CHUNK_S / self._step_s)) if self._step_s > 0 else 1

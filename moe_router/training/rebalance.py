@@ -70,7 +70,7 @@ class Rebalancer:
         self._load_LE: Tensor | None = None  # fp64, moving average of the global counts
         self._window: list[list[float]] = []  # of each step since the last look, expert_us_L
         self._trial: _Trial | None = None
-        self._refused: Placements | None = None  # made it worse
+        self._refused: Placements | None = None  # made it worse, or found no room
 
     @property
     def placements(self) -> Placements:
@@ -139,6 +139,9 @@ class Rebalancer:
         if proposal in (present, self._refused):
             return None
         moved = self._move(proposal)
+        if not moved:  # a rank had no room
+            self._refused = proposal
+            return None
         self._trial = _Trial(straggler_us, present)
         return Rebalanced(step, moved, straggler_us, False)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moe_router.config_rebalance import RebalanceConfig
 from moe_router.errors import CheckpointError, ClusterError
 from moe_router.observability.csv_log import read_rows
 from moe_router.observability.metrics import MetricsWriter
@@ -98,6 +99,15 @@ def drive(tiny, tmp_path):
         return ended, run.progress, steps, out.getvalue()
 
     return go
+
+
+def test_experts_move_at_steps_that_are_kept(drive):
+    """A look at the load ends a call, and a checkpoint follows it: where it moved them is there."""
+    group = FakeGroup()
+    rebalance = RebalanceConfig(every=4)
+    ended, *_ = drive(group, steps=12, cluster={"rebalance": rebalance})
+    assert ended
+    assert group.saved == [(4, False), (5, False), (8, False), (10, False), (12, True)]
 
 
 def test_a_run_without_losses_saves_and_evaluates_where_it_should(drive):
