@@ -110,8 +110,21 @@ def _ahead(ours: Row | None, row: Row) -> str | None:
     return f"{(gap if _higher_is_better(row) else -gap) / max(pooled, 1e-9):.1f} std"
 
 
+def errors(rows: list[Row]) -> str:
+    """The share of pairs at each length, and how it grows."""
+    parts: list[str] = []
+    for row in rows:
+        _, source, way, error = row["name"].split("/")
+        if not parts:
+            lengths = [f"share at {n}" for n in row["lengths"]]
+            parts.append(head(("pairs of", "chosen by", "error", *lengths, "exponent", "std")))
+        parts.append(line((source, way, error, *row["share"], row["value"], row["std"])))
+    return "\n".join(parts)
+
+
 def main() -> None:
-    for name, shown in (("attention", table), ("attention_quality", quality)):
+    files = {"attention": table, "attention_quality": quality, "attention_error": errors}
+    for name, shown in files.items():
         path = ROOT / "results" / f"{name}.json"
         if path.exists():
             print(shown(json.loads(path.read_text())), end="\n\n")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention_error, results
+from benchmarks import attention_error, attention_table, results
 from benchmarks.attention_error import Layer, exponent, random_tensors
 from moe_router.config import AttentionConfig
 from moe_router.routing.blocks import BlockRouter, Blocks
@@ -86,4 +86,7 @@ def test_rows_are_saved_with_an_exponent(tmp_path, monkeypatch):
     for row in rows:
         assert 0 < row["value"] <= 2.01 and len(row["pairs"]) == 3 and row["std"] is not None
         assert all(0 < share <= 1 for share in row["share"])
+    lines = attention_table.errors(rows).splitlines()
+    assert lines[0].startswith("| pairs of | chosen by | error | share at 16 |")
+    assert len(lines) == 2 + len(rows) and lines[2].startswith("| random | chosen | 0.1 | ")
     assert exponent([10, 100, 1000], [7, 700, 70000]) == pytest.approx(2)
