@@ -37,6 +37,18 @@ CASES = {
             moe=MoEConfig(experts=8, top_k=2, hidden=32, balance_loss=0.0),
         ), 500, (1, 3), 20, 9,
     ),
+    "http_tiny": Case(
+        ModelConfig(
+            layers=2, dim=64, heads=4, kv_heads=2, hidden=96, tie_embeddings=False,
+            moe=MoEConfig(experts=8, top_k=2, hidden=32, balance_loss=0.0),
+        ), 500, (16, 64), 20, 150,
+    ),
+    "http_middle": Case(
+        ModelConfig(
+            layers=6, dim=384, heads=6, kv_heads=2, hidden=1024, tie_embeddings=False,
+            moe=MoEConfig(experts=16, top_k=2, hidden=512, balance_loss=0.0),
+        ), 8_000, (16,), 64, 40,
+    ),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from moe_router.serving.group import Group
 from moe_router.serving.meters import Meters
 from moe_router.serving.requests import Ask, Event, Health, Piece, Work
 from moe_router.serving.scheduler import Limits, Scheduler
-from moe_router.serving.waiting import Waiting
+from moe_router.serving.waiting import TOGETHER_S, Inbox, Waiting
 from moe_router.training.data import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Engine:
         group: ready, and empty.
         model: the name that clients know.
         defaults: for what a request leaves out.
+        together_s: least seconds between pieces of an answer; 0: each token is one.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Engine:
         model: str,
         defaults: ServeConfig | None = None,
         limits: Limits | None = None,
+        together_s: float = TOGETHER_S,
     ) -> None:
         self.model = model
         self._group, self._tokenizer = group, tokenizer
-        self._defaults = defaults or ServeConfig()
+        self._defaults, self._together_s = defaults or ServeConfig(), together_s
         self._scheduler = Scheduler(group.ranks, limits or Limits())
         self._open: dict[int, Waiting] = {}
         self._next_id = 0
@@ -89,18 +91,16 @@ class Engine:
         requests = requests_of(ask, *made, shift)
         self._next_id += len(requests)
         self._scheduler.add(requests)
-        inbox: asyncio.Queue[Piece | MoeRouterError] = asyncio.Queue()
+        inbox = Inbox(0.0 if ask.trace else self._together_s)  # a trace is of one token
         for index, request in enumerate(requests):
             self._open[request.id] = Waiting.of(inbox, index, request, ask, self._tokenizer)
         self._wake.set()
         left = len(requests)
         try:
             while left:
-                piece = await inbox.get()
-                if isinstance(piece, MoeRouterError):
-                    raise piece
-                left -= piece.finish != ""
-                yield piece
+                for piece in await inbox.take():
+                    left -= piece.finish != ""
+                    yield piece
         finally:
             for request in requests:
                 if self._open.pop(request.id, None) is not None:
@@ -218,4 +218,4 @@ class Engine:
         self._failed = reason
         self._budgets.fail(ClusterError(reason))
         for waiting in self._open.values():
-            waiting.inbox.put_nowait(ClusterError(reason))
+            waiting.inbox.fail(ClusterError(reason))

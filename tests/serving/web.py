@@ -53,14 +53,22 @@ class WatchedEngine(Engine):
 
 @contextmanager
 def served(
-    token=None, page=False, chaos=False, model=MODEL, tokenizer=TOKENIZER, shifts=None, **limits
+    token=None,
+    page=False,
+    chaos=False,
+    model=MODEL,
+    tokenizer=TOKENIZER,
+    shifts=None,
+    together_s=0.0,
+    **limits,
 ):
-    """The port of a server in a thread, and its group."""
+    """The port of a server in a thread, and its group; each token is a piece of its own."""
     group, ready, ports = Counting(model, tokenizer, shifts), threading.Event(), []
 
     async def run():
         defaults = ServeConfig(max_new_tokens=6)
-        async with WatchedEngine(group, tokenizer, "tiny", defaults, Limits(**limits)) as engine:
+        how = (defaults, Limits(**limits), together_s)
+        async with WatchedEngine(group, tokenizer, "tiny", *how) as engine:
             app = make_app(engine, token)
             if page:
                 add_page(app, engine, chaos=chaos)
