@@ -30,6 +30,8 @@ from moe_router_cluster.serve_plan import ServeArguments, ServePlan, make_plan
 from moe_router_cluster.serving_group import ServingGroup
 
 _serve: Any = serve  # its decorators have no types
+_DRAIN_S = 120.0  # for what an engine has accepted, when another is deployed in its place
+_MAKING_S = 600.0  # an engine: placing actors, importing torch, reading a checkpoint
 _MANY = 10_000  # calls at once: the engine's own queue says when it is full
 
 
@@ -159,18 +161,25 @@ def application(plan: ServePlan) -> Any:
         "ray_actor_options": actor,
         "max_ongoing_requests": _MANY,
         "max_constructor_retry_count": 1,
-        "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
     engine = _serve.deployment(
         EngineReplica,
         **common,
+        graceful_shutdown_timeout_s=_DRAIN_S,
         health_check_period_s=2,
         # a frozen rank takes cluster.timeout_s to tell; till then the replica itself is well
         health_check_timeout_s=plan.config.cluster.timeout_s + 30,
     )
-    grpc = _serve.deployment(GrpcFront, **common)
-    http = _serve.deployment(_serve.ingress()(HttpFront), **common)
+    grpc = _serve.deployment(GrpcFront, **common, graceful_shutdown_timeout_s=5)
+    # a front takes no resources: the next one stands before the old one goes, which waits for the
+    # answers that it passes on, from an engine that may still be in the making
+    http = _serve.deployment(
+        _serve.ingress()(HttpFront),
+        **common,
+        graceful_shutdown_timeout_s=_DRAIN_S + _MAKING_S,
+        max_surge_percent=100,
+    )
     bound = engine.bind(plan)
     return http.bind(bound, grpc.bind(bound, plan), plan)
 
