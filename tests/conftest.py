@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a model hub
+
 # the same examples every time, so that a change is what makes a test fail; `explore` draws new ones
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, print_blob=True)
