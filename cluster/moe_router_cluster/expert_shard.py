@@ -113,8 +113,8 @@ class ExpertShard(Member):
         trainer = self._ready()
         record = trainer.train_step()
         if (what := trainer.rebalanced) is not None and self._rank == 0:
-            event = "move of experts taken back" if what.rolled_back else "experts moved"
-            self._note(event, slots=what.moved, straggler_us=round(what.straggler_us))
+            event = "experts moved" if what.moved else "experts stay"
+            self._note("experts went back" if what.rolled_back else event, **what.facts())
         return record
 
     def share(self, service: Any, epoch: int, step: int) -> None:

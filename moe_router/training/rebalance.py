@@ -19,7 +19,7 @@ from moe_router.layers.moe import MoE
 from moe_router.placement import Placement
 from moe_router.training.migrate import Placements
 
-_LEAST_GAIN = 0.01  # of the busiest rank's load: less is not worth a move
+_LEAST_GAIN = 0.05  # of the busiest rank's load: less is not worth a move
 _NOISE = 1.05  # two windows of the same placement differ by so much
 
 
@@ -33,19 +33,26 @@ def first_placement(config: Config, ranks: int) -> Placement | None:
 
 @dataclass(frozen=True, slots=True)
 class Rebalanced:
-    """What happened at a look.
+    """What a look came to, where the last one or this one moved experts.
 
     Attributes:
         moved: slots that got another expert, of all layers and ranks.
         straggler_us: what the experts of a layer's slowest rank took in a step, forward: median of
             the steps since the last look, summed over layers.
-        rolled_back: the last move had made that worse.
+        before_us: the same before the last move; None if nothing had moved.
+        rolled_back: that had made it worse, and was taken back.
     """
 
     step: int
     moved: int
     straggler_us: float
+    before_us: float | None
     rolled_back: bool
+
+    def facts(self) -> dict[str, int | None]:
+        """For a log."""
+        before = None if self.before_us is None else round(self.before_us)
+        return {"slots": self.moved, "straggler_us": round(self.straggler_us), "before_us": before}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +139,20 @@ class Rebalancer:
 
     def _look(self, step: int, straggler_us: float) -> Rebalanced | None:
         trial, self._trial = self._trial, None
+        before_us = None if trial is None else trial.before_us
         if trial is not None and straggler_us > _NOISE * trial.before_us:
             self._refused = self.placements
-            return Rebalanced(step, self._move(trial.before), straggler_us, True)
-        proposal, present = self.proposal(), self.placements
-        if proposal in (present, self._refused):
+            return Rebalanced(step, self._move(trial.before), straggler_us, before_us, True)
+        proposal, present, moved = self.proposal(), self.placements, 0
+        if proposal not in (present, self._refused):
+            moved = self._move(proposal)
+            if moved:
+                self._trial = _Trial(straggler_us, present)
+            else:  # a rank had no room
+                self._refused = proposal
+        if not moved and trial is None:
             return None
-        moved = self._move(proposal)
-        if not moved:  # a rank had no room
-            self._refused = proposal
-            return None
-        self._trial = _Trial(straggler_us, present)
-        return Rebalanced(step, moved, straggler_us, False)
+        return Rebalanced(step, moved, straggler_us, before_us, False)
 
     def _straggler_us(self) -> float:
         """Ranks wait for the slowest in every layer."""

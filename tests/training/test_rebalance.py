@@ -146,11 +146,14 @@ def test_a_placement_that_made_the_slowest_rank_slower_is_taken_back_and_not_tri
     for found in run_ranks(2, looks, config, [100.0, 150.0, 100.0]):
         (moved, first, _), (back, second, _), (stays, third, _) = found
         assert not first.rolled_back and first.straggler_us == 200.0
-        assert second.rolled_back and second.straggler_us == 300.0 and second.moved == first.moved
+        assert second.rolled_back and (second.before_us, second.straggler_us) == (200.0, 300.0)
+        assert second.moved == first.moved and first.before_us is None
         assert moved != back == [Placement.dealt(8, 2, 5)] * 2
         assert third is None and stays == back
     one, other = run_ranks(2, looks, config, [100.0, 104.0])
-    assert one[1][0] == one[0][0] == other[1][0] and one[1][1] is None  # noise is no reason
+    assert one[1][0] == one[0][0] == other[1][0]  # noise is no reason
+    kept = one[1][1]
+    assert (kept.moved, kept.rolled_back, kept.facts()["before_us"]) == (0, False, 200)
     states = [one[0][2] | other[0][2], one[1][2] | other[1][2]]
     assert same(*states)
 
