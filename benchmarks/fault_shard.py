@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +10,13 @@ from typing import Any
 import ray
 import torch.distributed as dist
 
+from benchmarks.fault_cases import POINTS, Fault
+from moe_router.training import migrate
 from moe_router.training.checkpoint_tensors import Snapshot
 from moe_router.training.loop import Trainer
 from moe_router.training.parallel import moe_layers
 from moe_router_cluster.expert_shard import ExpertShard
 
-POINTS = (
-    "before counts",
-    "mid-dispatch",
-    "before combine",
-    "in backward",
-    "in the optimizer step",
-    "in a placement commit",
-    "in a checkpoint write",
-)
 _COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
@@ -33,50 +25,60 @@ def _beside(run_dir: Path) -> Path:
     return run_dir.with_name(f"{run_dir.name}.fault")
 
 
-def order(run_dir: Path, point: str, step: int, how: signal.Signals, ranks: list[int]) -> None:
-    """Have these ranks strike at `point`, when `step` steps are committed."""
-    assert point in POINTS, point
+def order(run_dir: Path, *faults: tuple[Fault, int]) -> None:
+    """Have ranks strike: each fault at its point when so many steps are committed, in turn."""
+    told = [
+        {"point": fault.point, "step": step, "signal": int(fault.how), "ranks": list(fault.ranks)}
+        | {"node": fault.victim == "node"}
+        for fault, step in faults
+    ]
+    assert all(fault.point in POINTS for fault, _ in faults), told
     _beside(run_dir).mkdir(parents=True)
-    told = {"point": point, "step": step, "signal": int(how), "ranks": ranks}
-    (_beside(run_dir) / "order.json").write_text(json.dumps(told))
+    (_beside(run_dir) / "orders.json").write_text(json.dumps(told))
 
 
 def struck_at(run_dir: Path) -> float | None:
     """Unix seconds of the first strike; None while there was none."""
-    marks = _beside(run_dir).glob("struck.rank_*")
+    marks = _beside(run_dir).glob("struck.*")
     return min((float(mark.read_text()) for mark in marks), default=None)
 
 
 class FaultyShard(ExpertShard):
-    """Strikes in the process that lives when the order is read; its successor does not."""
+    """Strikes in the process that lives when the order is read; its successor obeys the next."""
 
     _order: dict[str, Any] | None = None
+    _mark = Path()  # there once the order was obeyed
 
     def restore(self, step_dir: str | None) -> int:
         step = super().restore(step_dir)
-        path = _beside(self._run_dir) / "order.json"
-        told = json.loads(path.read_text()) if path.exists() else None
-        mine = told is not None and self._rank in told["ranks"] and not self._mark().exists()
-        self._order = told if mine else None
+        self._order = self._next()
         if self._order is not None:
             set_trap(self._ready(), self._order["point"], self._strike)
         return step
+
+    def _next(self) -> dict[str, Any] | None:
+        path = _beside(self._run_dir) / "orders.json"
+        orders = json.loads(path.read_text()) if path.exists() else []
+        for number, told in enumerate(orders):
+            self._mark = path.with_name(f"struck.{number}.rank_{self._rank}")
+            if self._rank in told["ranks"] and not self._mark.exists():
+                return dict(told)
+        return None
 
     def share(self, service: Any, epoch: int, step: int) -> None:
         if self._order is not None and self._order["point"] == "in a placement commit":
             self._strike()
         super().share(service, epoch, step)
 
-    def _mark(self) -> Path:
-        return _beside(self._run_dir) / f"struck.rank_{self._rank}"
-
     def _strike(self) -> None:
         told = self._order
-        if told is None or self._ready().step < told["step"] or self._mark().exists():
+        if told is None or self._ready().step < told["step"] or self._mark.exists():
             return
         if self._copier is not None:
             self._copier.wait()  # a replica on its way arrives: the run must come back with it
-        self._mark().write_text(str(time.time()))
+        self._mark.write_text(str(time.time()))
+        if told["node"]:
+            os.kill(os.getppid(), told["signal"])  # Ray's own process, which began all others
         os.kill(os.getpid(), told["signal"])
 
 
@@ -95,6 +97,17 @@ def set_trap(trainer: Trainer, point: str, strike: Callable[[], None]) -> None:
             weight.register_hook(lambda grad: strike())
         case "in the optimizer step":  # the weights have changed, the step is not committed
             trainer._optimizer.register_step_post_hook(lambda *_: strike())
+        case "while experts move":  # those of the first layer have
+            moving: Any = migrate
+            exchange, moved = moving.exchange, list[int]()
+
+            def second(*args: Any) -> Any:
+                moved.append(1)
+                if len(moved) == 2:
+                    strike()
+                return exchange(*args)
+
+            moving.exchange = second
         case "in a checkpoint write":  # the file is there, the checkpoint is not
             write = Snapshot.write
 

@@ -3,9 +3,10 @@
     python -m benchmarks.faults [--only PATTERN] [--ranks 2] [--save]
 
 Each row is a whole run over Ray and gloo in which a rank kills (SIGKILL) or freezes (SIGSTOP)
-itself, once, in the middle of the run. `correct`: every tensor of the last checkpoint, optimizer
-included, and every loss equal, bit for bit, those of an uninterrupted run of the same ranks. The
-value is the time from the fault until all ranks stood at a common step: detected, and then resumed.
+itself, its node or the driver, once, in the middle of the run. `correct`: every tensor of the last
+checkpoint, optimizer included, and every loss equal, bit for bit, those of an uninterrupted run of
+the same ranks. The value is the time from the fault until all ranks stood at a common step:
+detected, and then resumed.
 """
 
 import argparse
@@ -17,95 +18,37 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from safetensors import safe_open
 
+from benchmarks.fault_cases import (
+    CHECKPOINT_EVERY,
+    STEP,
+    STEPS,
+    Fault,
+    clean_name,
+    config_of,
+    faults,
+)
 from benchmarks.results import Row, provenance, save
 from moe_router.config import Config
-from moe_router.config_file import config_from_dict
 from moe_router.observability.csv_log import read_rows
 from moe_router_cluster.session import prepare_environment, ray_session
 
-STEP, STEPS = 7, 12  # the fault comes when so many steps are committed, of so many
-CHECKPOINT_EVERY = 5
-SILENT_S = 4.0  # cluster.timeout_s of rows with a frozen rank: what detecting it takes
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Attributes:
-    point: of `benchmarks.fault_shard.POINTS`, or "gating service".
-    ranks: that strike; empty for none.
-    replicate_every: of the run.
-    """
-
-    name: str
-    point: str
-    how: signal.Signals
-    ranks: tuple[int, ...]
-    replicate_every: int = 0
-
-
-def faults(ranks: int) -> list[Fault]:
-    """Every row of a number of ranks."""
-    from benchmarks.fault_shard import POINTS
-
-    last = (ranks - 1,)
-    kill, stop = signal.SIGKILL, signal.SIGSTOP
-    found = [
-        Fault(f"{how.name}/{point}/W{ranks}", point, how, last)
-        for point in POINTS
-        for how in (kill, stop)
-    ]
-    everyone = tuple(range(ranks))
-    if ranks > 2:
-        found.append(Fault(f"SIGKILL/two at once/W{ranks}", "before combine", kill, everyone[:2]))
-    found.append(Fault(f"SIGKILL/every rank/W{ranks}", "before combine", kill, everyone))
-    found.append(
-        Fault(f"SIGKILL/every rank, replicas/W{ranks}", "before combine", kill, everyone, 3)
-    )
-    found.append(Fault(f"SIGKILL/gating service/W{ranks}", "gating service", kill, ()))
-    return found
-
-
-def config_of(folder: Path, name: str, ranks: int, fault: Fault | None = None) -> Config:
-    """A model so small that a step takes milliseconds."""
-    frozen = fault is not None and fault.how == signal.SIGSTOP
-    return config_from_dict(
-        {
-            "run": {"name": name, "dir": str(folder), "seed": 3},
-            "data": {"source": "pydoc", "seq_len": 32},
-            "model": {
-                "layers": 2, "dim": 32, "heads": 2, "kv_heads": 1, "hidden": 64,
-                "moe": {"experts": 4, "top_k": 2, "hidden": 32},
-            },
-            "train": {
-                "steps": STEPS, "batch": 4, "warmup": 2, "eval_rows": 4,
-                "checkpoint_every": CHECKPOINT_EVERY,
-            },
-            "cluster": {
-                "actors": ranks, "device": "cpu", "cpus_per_actor": 0.25,
-                "timeout_s": SILENT_S if frozen else 30.0,
-                "replicate_every": 0 if fault is None else fault.replicate_every,
-            },
-            "serve": {"max_new_tokens": 8},
-        }
-    )  # fmt: skip
-
-
+OWN_RAY = ("driver", "node")  # victims that take their Ray with them
 Learned = tuple[dict[str, bytes], list[tuple[str, str]]]
 
 
-def learned(config: Config) -> Learned:
+def learned(config: Config, step: int = STEPS) -> Learned:
     """Every tensor of the last checkpoint, byte for byte, and every loss."""
     folder = Path(config.run.dir) / config.run.name
     found: dict[str, bytes] = {}
-    for path in sorted((folder / f"step_{STEPS}").glob("*.safetensors")):
+    for path in sorted((folder / f"step_{step}").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             names = file.keys()
             found |= {name: file.get_tensor(name).numpy().tobytes() for name in names}
@@ -129,47 +72,68 @@ def faulty_ranks() -> Iterator[None]:
     from benchmarks.fault_shard import FaultyShardActor
     from moe_router_cluster import shard_group
 
-    with _replaced(shard_group, "ExpertShardActor", FaultyShardActor):
+    with replaced(shard_group, "ExpertShardActor", FaultyShardActor):
         yield
+
+
+def clean_run(fault: Fault, folder: Path, ranks: int) -> Learned:
+    """What a run without the fault learns; trained once."""
+    config = config_of(folder, clean_name(fault, ranks), ranks, replace(fault, how=signal.SIGKILL))
+    if not (folder / config.run.name / "summary.json").exists():
+        train_once(config)
+    return learned(config)
 
 
 def measure(fault: Fault, folder: Path, ranks: int, clean: Learned) -> Row:
     """A run with the fault in it."""
     config = config_of(folder, fault.name.replace("/", "-").replace(" ", "_"), ranks, fault)
-    run_dir = folder / config.run.name
+    row: Row = {"name": fault.name, "unit": "s", "ranks": ranks}
+    match fault.victim:
+        case "gating service":  # nobody waits for it: there is nothing to recover from
+            with gating_killed(config.run.name):
+                facts = train_once(config)
+            row |= {"value": 0.0, "correct": facts["recoveries"] == 0}
+        case "driver":
+            from benchmarks.fault_driver import drive
+
+            row |= drive(config)
+        case "node":
+            from benchmarks.fault_node import nodes
+
+            with nodes(ranks, config) as there:
+                row |= _struck(there, fault)
+        case "ranks":
+            row |= _struck(config, fault)
+    return row | {"correct": row["correct"] and learned(config) == clean}
+
+
+def _struck(config: Config, fault: Fault) -> Row:
+    """A run in which ranks strike."""
+    from benchmarks.fault_shard import order, struck_at
+
+    run_dir = Path(config.run.dir) / config.run.name
     ended: list[float] = []
     with faulty_ranks(), _at_recovery(lambda: ended.append(time.time())):
-        if fault.ranks:
-            from benchmarks.fault_shard import order, struck_at
-
-            order(run_dir, fault.point, STEP, fault.how, list(fault.ranks))
-            facts = train_once(config)
-            struck = struck_at(run_dir)
-            assert struck is not None, f"{fault.name}: never came to {fault.point}"
-        else:
-            with _gating_killed(config.run.name):
-                facts = train_once(config)
-            struck = None
-    same = learned(config) == clean
-    row: Row = {"name": fault.name, "unit": "s", "ranks": ranks}
-    if struck is None:  # nobody waits for it: there is nothing to recover from
-        return row | {"value": 0.0, "correct": same and facts["recoveries"] == 0}
+        order(run_dir, (fault, STEP))
+        facts = train_once(config)
+    struck = struck_at(run_dir)
+    assert struck is not None, f"{fault.name}: never came to {fault.point}"
     from_step = facts["recovery_log"][-1]["from_step"]
-    same = same and (not fault.replicate_every or from_step > CHECKPOINT_EVERY)  # the replica
     total = ended[-1] - struck
     resume = sum(each["seconds"] for each in facts["recovery_log"])
-    return row | {
+    return {
         "value": round(total, 2),
         "detect_s": round(total - resume, 2),
         "resume_s": round(resume, 2),
         "from_step": from_step,
         "recoveries": facts["recoveries"],
-        "correct": same and facts["recoveries"] >= 1,
+        # back with the replica, where there are any
+        "correct": not fault.replicate_every or from_step > CHECKPOINT_EVERY,
     }
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -188,12 +152,12 @@ def _at_recovery(then: Callable[[], None]) -> Iterator[None]:
         then()
         recovered(self, recovery)
 
-    with _replaced(Journal, "recovered", noted):
+    with replaced(Journal, "recovered", noted):
         yield
 
 
 @contextmanager
-def _gating_killed(run: str) -> Iterator[None]:
+def gating_killed(run: str) -> Iterator[None]:
     """Its process is killed once, after the first checkpoint."""
     import ray
 
@@ -210,7 +174,7 @@ def _gating_killed(run: str) -> Iterator[None]:
             os.kill(pid, signal.SIGKILL)
             struck.append(pid)
 
-    with _replaced(Journal, "stepped", noted):
+    with replaced(Journal, "stepped", noted):
         yield
     assert struck
 
@@ -223,19 +187,22 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
-        first = config_of(folder, "first", asked.ranks[0])
-        prepare_environment(first.cluster)
-        with ray_session(first.cluster):
-            for ranks in asked.ranks:
-                clean = config_of(folder, f"clean-W{ranks}", ranks)
-                train_once(clean)
-                for fault in faults(ranks):
-                    if not fnmatch.fnmatch(fault.name, asked.only):
-                        continue
-                    row = measure(fault, folder, ranks, learned(clean)) | provenance("cpu")
-                    print(_line(row), flush=True)
-                    if asked.save:
-                        save("faults", [row])
+        for ranks in asked.ranks:
+            chosen = [f for f in faults(ranks) if fnmatch.fnmatch(f.name, asked.only)]
+            here = [fault for fault in chosen if fault.victim not in OWN_RAY]
+            cluster = config_of(folder, "first", ranks).cluster
+            prepare_environment(cluster)
+            with ray_session(cluster) if here else nullcontext():
+                _rows(here, folder, ranks, asked.save)
+            _rows([fault for fault in chosen if fault.victim in OWN_RAY], folder, ranks, asked.save)
+
+
+def _rows(chosen: list[Fault], folder: Path, ranks: int, keep: bool) -> None:
+    for fault in chosen:
+        row = measure(fault, folder, ranks, clean_run(fault, folder, ranks)) | provenance("cpu")
+        print(_line(row), flush=True)
+        if keep:
+            save("faults", [row])
 
 
 def _line(row: Row) -> str:

@@ -1,15 +1,19 @@
-"""Every fault of `benchmarks.faults` with two ranks, and two lost of four: no trace is left."""
+"""Every fault of `benchmarks.faults` with two ranks, and two lost of four: no trace is left. Six of
+them run in `make test` too: tests/cluster/test_fault_rows.py."""
 
 import signal
 
 import pytest
 
 from benchmarks import faults as bench
+from benchmarks.fault_cases import CHECKPOINT_EVERY, SILENT_S, config_of, faults
 from moe_router_cluster.session import ray_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-TWO = bench.faults(2)
-FOUR = [fault for fault in bench.faults(4) if fault.name == "SIGKILL/two at once/W4"]
+TWO = faults(2)
+FOUR = [fault for fault in faults(4) if fault.name == "SIGKILL/two at once/W4"]
+OWN_RAY = [fault for fault in TWO if fault.victim in bench.OWN_RAY]
+SHARED = [fault for fault in (*TWO, *FOUR) if fault not in OWN_RAY]
 
 
 @pytest.fixture(scope="module")
@@ -18,23 +22,27 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clean(folder):
-    """By number of ranks, what an uninterrupted run learned."""
-    learned = {}
-    with ray_session(bench.config_of(folder, "first", 2).cluster):
-        for ranks in (2, 4):
-            config = bench.config_of(folder, f"clean-W{ranks}", ranks)
-            bench.train_once(config)
-            learned[ranks] = bench.learned(config)
-        yield learned
+def shared_ray(folder):
+    with ray_session(config_of(folder, "first", 2).cluster):
+        yield
 
 
-@pytest.mark.parametrize("fault", [*TWO, *FOUR], ids=lambda fault: fault.name)
-def test_a_fault_leaves_no_trace(fault, folder, clean):
+def measured(fault, folder):
     ranks = 4 if fault in FOUR else 2
-    row = bench.measure(fault, folder, ranks, clean[ranks])
+    row = bench.measure(fault, folder, ranks, bench.clean_run(fault, folder, ranks))
     assert row["correct"], row
+    return row
+
+
+@pytest.mark.parametrize("fault", SHARED, ids=lambda fault: fault.name)
+def test_a_fault_leaves_no_trace(fault, folder, shared_ray):
+    row = measured(fault, folder)
     if fault.how == signal.SIGKILL and fault.ranks and fault.point != "in a checkpoint write":
-        assert row["detect_s"] < bench.SILENT_S, row  # nobody waited for silence
+        assert row["detect_s"] < SILENT_S, row  # nobody waited for silence
     if fault.replicate_every:
-        assert row["from_step"] > bench.CHECKPOINT_EVERY  # the replica, not the checkpoint
+        assert row["from_step"] > CHECKPOINT_EVERY  # the replica, not the checkpoint
+
+
+@pytest.mark.parametrize("fault", OWN_RAY, ids=lambda fault: fault.name)
+def test_a_lost_driver_and_a_lost_node_leave_no_trace(fault, tmp_path):
+    assert measured(fault, tmp_path)["from_step"] >= CHECKPOINT_EVERY

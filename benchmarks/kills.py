@@ -1,0 +1,168 @@
+"""Many kills in one run: a rank dies again and again, and nothing is left of the dead.
+
+    python -m benchmarks.kills [--cycles 100] [--seconds 480] [--save]
+
+A run on two ranks in which they take turns to SIGKILL themselves in the middle of a step, once for
+each cycle; after `--seconds` no more. Counted after each resume: processes below this one, their
+threads' descriptors and sockets as far as they live through all cycles (this process and Ray's
+own), and what lies in shared memory. `correct`: none of it grew from the tenth resume to the last,
+nothing is left when Ray has ended, and the weights are bit for bit those of an uninterrupted run.
+"""
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from benchmarks import faults
+from benchmarks.fault_cases import CHECKPOINT_EVERY, Fault, config_of
+from benchmarks.results import Row, provenance, save
+from moe_router.config import Config
+from moe_router_cluster.session import prepare_environment, ray_session
+
+RANKS = 2
+SETTLED = 10  # resumes after which pools are full
+SPARE_FDS = 8  # gRPC opens and closes channels of its own
+_GONE_S = 30.0  # for the last process to end
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What there is at one moment.
+
+    Attributes:
+        descriptors, sockets: of this process and those of Ray that stay.
+        shared: names in /dev/shm.
+    """
+
+    processes: int
+    descriptors: int
+    sockets: int
+    shared: frozenset[str]
+
+    @classmethod
+    def now(cls) -> "Count":
+        me = psutil.Process()
+        below = me.children(recursive=True)
+        stay = [me, *(p for p in me.children() if p.name() in ("raylet", "gcs_server"))]
+        links = [_links(process.pid) for process in stay]
+        return cls(
+            len(below),
+            sum(map(len, links)),
+            sum(link.startswith("socket:") for of in links for link in of),
+            frozenset(os.listdir("/dev/shm")),
+        )
+
+
+def _links(pid: int) -> list[str]:
+    """What each open descriptor of a process is."""
+    found = []
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.append(os.readlink(each))
+        except FileNotFoundError:
+            continue  # closed meanwhile, as is the one that lists them
+    return found
+
+
+def config_with(cycles: int, folder: Path, name: str) -> Config:
+    """A run that is long enough for so many losses."""
+    config = config_of(folder, name, RANKS)
+    steps = cycles + 2 * CHECKPOINT_EVERY
+    return replace(
+        config,
+        train=replace(config.train, steps=steps),
+        cluster=replace(config.cluster, max_recoveries=2 * cycles),
+    )
+
+
+def measure(cycles: int, seconds: float, folder: Path) -> Row:
+    """The row of one long run."""
+    from benchmarks.fault_shard import order
+
+    before = Count.now()
+    clean, config = (config_with(cycles, folder, name) for name in ("clean", "killed"))
+    run_dir = folder / config.run.name
+    with ray_session(config.cluster):
+        faults.train_once(clean)
+        order(run_dir, *(_fault(number) for number in range(cycles)))
+        with faults.faulty_ranks(), _counted(run_dir, seconds) as counts:
+            facts = faults.train_once(config)
+        losses = facts["recovery_log"]
+    left = _left(before)
+    settled, last = counts[min(SETTLED, len(counts)) - 1], counts[-1]
+    grown = {
+        "processes_grown": last.processes - settled.processes,
+        "descriptors_grown": last.descriptors - settled.descriptors,
+        "sockets_grown": last.sockets - settled.sockets,
+        "shared_grown": len(last.shared) - len(settled.shared),
+    }
+    same = faults.learned(config, config.train.steps) == faults.learned(clean, clean.train.steps)
+    within = max(grown.values()) <= SPARE_FDS
+    within = within and grown["processes_grown"] <= 0 and grown["shared_grown"] <= 0
+    resumes = [loss["seconds"] for loss in losses]
+    return {
+        "name": f"kills in a row/W{RANKS}", "value": len(losses), "unit": "cycles",
+        "resume_s": round(median(resumes), 2), "longest_s": round(max(resumes), 2),
+        "equal": same, "left": left, **grown, "correct": same and within and not left,
+    }  # fmt: skip
+
+
+def _fault(number: int) -> tuple[Fault, int]:
+    ranks = (number % RANKS,)
+    return Fault(f"kill {number}", "before combine", signal.SIGKILL, ranks), number + 1
+
+
+@contextmanager
+def _counted(run_dir: Path, seconds: float) -> Iterator[list[Count]]:
+    """Counts after each resume; when the time is over, no more orders are given."""
+    from moe_router_cluster.journal import Journal
+
+    counts: list[Count] = []
+    recovered, until = Journal.recovered, time.monotonic() + seconds
+
+    def noted(self: Journal, recovery: Any) -> None:
+        recovered(self, recovery)
+        counts.append(Count.now())
+        if time.monotonic() > until:
+            (run_dir.with_name(f"{run_dir.name}.fault") / "orders.json").write_text(json.dumps([]))
+
+    with faults.replaced(Journal, "recovered", noted):
+        yield counts
+
+
+def _left(before: Count) -> list[str]:
+    """What is there that was not there before, once the last process had time to end."""
+    until = time.monotonic() + _GONE_S
+    while (now := Count.now()).processes > before.processes and time.monotonic() < until:
+        time.sleep(0.5)
+    processes = [p.name() for p in psutil.Process().children(recursive=True)]
+    return processes[before.processes :] + sorted(now.shared - before.shared)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cycles", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=480, help="no kill after them")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="kills-") as name:
+        prepare_environment(config_of(Path(name), "first", RANKS).cluster)
+        row = measure(args.cycles, args.seconds, Path(name)) | provenance("cpu")
+    print(row, flush=True)
+    if args.save:
+        save("faults", [row])
+
+
+if __name__ == "__main__":
+    main()
