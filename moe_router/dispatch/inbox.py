@@ -156,7 +156,7 @@ class SharedInbox:
             flags[half, self._rank] = self._epoch + 1
 
     def _hear(self, half: int) -> None:
-        deadline = time.monotonic() + self._timeout_s
+        deadline, pause = time.monotonic() + self._timeout_s, 1e-5
         own_W = self._flags[self._rank][half, : len(self._flags)]
         while bool((own_W <= self._epoch).any()):
             if time.monotonic() > deadline:
@@ -165,7 +165,8 @@ class SharedInbox:
                     f"rank {self._rank}, exchange {self._epoch + 1}: no signal of rank "
                     f"{', '.join(map(str, silent))} in {self._timeout_s:g} s; form the group anew"
                 )
-            time.sleep(1e-5)  # the peer may need this core
+            time.sleep(pause)  # the peer may need this core, the more so the longer it takes
+            pause = min(2 * pause, 1e-3)
 
     def _part(self, peer: int, offset: int, rows: int, like: Tensor) -> Tensor:
         begin, width = HEADER + offset, like.size(1) * like.element_size()

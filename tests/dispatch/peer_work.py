@@ -28,14 +28,15 @@ class Gone(Exception):
 
 
 def trip(by, rank, seed):
-    """A round trip of tokens that both ranks serve, and whether it was exact."""
-    target_TK = torch.tensor([[0, 1]] * 5, dtype=torch.int32)
-    x_TD = work.batch(5, seed=10 * seed + rank)[0]
-    choice = Choice(target_TK, torch.ones(5, 2))
+    """A round trip of tokens that all ranks serve, and whether it was exact."""
+    ranks = by.ranks
+    target_TK = torch.arange(ranks, dtype=torch.int32).repeat(5, 1)
+    x_TD = work.batch(5, seed=10 * seed + rank)[0].mul(9).round()  # sums of them are exact
+    choice = Choice(target_TK, torch.ones(5, ranks))
     out_TD, overflow = round_trip(
-        by, x_TD, choice, plan_from_ids(target_TK, 2), Placement(((0,), (1,)))
+        by, x_TD, choice, plan_from_ids(target_TK, ranks), Placement.contiguous(ranks, ranks)
     )
-    return torch.equal(out_TD, 2 * x_TD) and not overflow
+    return torch.equal(out_TD, ranks * x_TD) and not overflow
 
 
 def fail_at(inbox, stage, leave):
@@ -60,9 +61,9 @@ def fail_at(inbox, stage, leave):
         inbox.meet = fail_in_meet
 
 
-def faulty(rank, ranks, stage):
-    """Two exact round trips; rank 1 goes in the third. What rank 0 says, and after how long."""
-    by = PeerMemory(5, timeout_s=0.4)
+def faulty(rank, ranks, stage, timeout_s=0.4):
+    """Two exact round trips; rank 1 goes in the third. What the others say, and after how long."""
+    by = PeerMemory(5, timeout_s=timeout_s)
     exact = [trip(by, rank, 0), trip(by, rank, 1)]
 
     def leave():
@@ -94,7 +95,7 @@ def killed(rank, ranks, folder):
 
 def hurried(rank, ranks, turns, slow_rank):
     """Exchanges in which one rank dawdles at every step; how many brought what was sent."""
-    send = [2, 3][:ranks]
+    send = [2 + to % 2 for to in range(ranks)]
     rank_TK = torch.arange(ranks, dtype=torch.int32).expand(3, -1)  # every token goes everywhere
     splits = Splits(send, [send[rank]] * ranks, torch.tensor(send), 0)
     mover, told = PeerMover(rank, None, 20.0), torch.zeros((), dtype=torch.int32)

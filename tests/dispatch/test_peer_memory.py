@@ -29,6 +29,19 @@ def test_a_peer_that_goes_is_lost_in_time_and_the_group_is_formed_anew(stage, ex
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage, exchange", [("during", 5), ("after", 6)])
+def test_of_eight_ranks_all_hear_of_one_that_goes(stage, exchange):
+    said = run_ranks(8, peer_work.faulty, stage, 8.0)
+    assert said.pop(1)[1] == "gone"
+    for rank, (exact, told, seconds) in zip((0, *range(2, 8)), said, strict=True):
+        assert exact == [True, True] and 8 <= seconds < 60
+        assert told == (
+            f"rank {rank}, exchange {exchange}: no signal of rank 1 in 8 s; form the group anew"
+        )
+    assert run_ranks(8, peer_work.hurried, 2, 5) == [8] * 8
+
+
+@pytest.mark.slow
 def test_a_peer_that_is_killed_while_it_puts_is_lost(tmp_path):
     with pytest.raises(AssertionError, match="rank 1 died"):
         run_ranks(2, peer_work.killed, str(tmp_path))
@@ -39,6 +52,11 @@ def test_a_peer_that_is_killed_while_it_puts_is_lost(tmp_path):
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_nobody_overwrites_what_a_slower_rank_still_needs(slow_rank):
     assert run_ranks(2, peer_work.hurried, 20, slow_rank) == [80, 80]
+
+
+@pytest.mark.slow
+def test_none_of_eight_ranks_overwrites_what_a_slower_one_needs():
+    assert run_ranks(8, peer_work.hurried, 10, 3) == [40] * 8
 
 
 def test_inboxes_grow_and_leave_no_file():

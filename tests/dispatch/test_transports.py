@@ -74,6 +74,22 @@ def test_four_ranks_equal_local(name):
     assert_all_equal_local(name, 4, cases)
 
 
+@pytest.mark.slow
+def test_eight_ranks_equal_local(name):
+    """One expert a rank, copies, and ranks of several, of none; ranks without tokens."""
+    bounds = (tuple(range(0, 33, 4)), (0, 0, 1, 9, 9, 20, 21, 32, 40))
+    apart = Placement.contiguous(8, 8).experts_of_rank
+    copied = Placement.dealt(12, 8, 3).experts_of_rank
+    uneven = ((5,), (), (0, 7, 2), (1, 4), (), (3,), (6, 8), (9,))
+    cases = [
+        (kind, placement, cut, 3, torch.float32)
+        for kind in ("uniform", "zipf", "hot_rank", "empty_expert")
+        for placement in (apart, copied, uneven)
+        for cut in bounds
+    ]
+    assert_all_equal_local(name, 8, cases)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     "placement, bounds",

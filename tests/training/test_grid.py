@@ -21,11 +21,11 @@ def held(rank, ranks, config):
 
 def grid(ranks, row, name="everything", **train):
     cluster = {"actors": ranks, "expert_ranks": row, "transport": train.pop("transport", "padded")}
-    return work.tiny(VARIANTS[name].get("moe"), cluster=cluster, batch=12, **train)
+    return work.tiny(VARIANTS[name].get("moe"), cluster=cluster, **{"batch": 12} | train)
 
 
 def assert_follows_one(ranks, config):
-    alone = work.tiny(VARIANTS["everything"]["moe"], batch=12)
+    alone = work.tiny(VARIANTS["everything"]["moe"], batch=config.train.batch)
     records, held_out, state = work.curve(0, 1, alone, STEPS)
     for ours, ours_held_out, part in run_ranks(ranks, work.curve, config, STEPS):
         assert_same_curve(ours, records)
@@ -44,6 +44,14 @@ def test_two_ranks_that_each_hold_all_experts_follow_the_curve_of_one(dense):
 @pytest.mark.parametrize("dense", ["replicated", "fsdp"])
 def test_two_by_two_ranks_follow_the_curve_of_one(dense, transport):
     assert_follows_one(4, grid(4, 2, dense=dense, transport=transport))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["all_to_all", "peer_memory"])
+@pytest.mark.parametrize("row", [8, 4, 2])
+def test_eight_ranks_as_any_grid_follow_the_curve_of_one(row, transport):
+    """EP x DP of (8, 1), (4, 2) and (2, 4)."""
+    assert_follows_one(8, grid(8, row, transport=transport, batch=16))
 
 
 def test_a_row_shares_the_experts_and_the_first_row_speaks_for_them():
