@@ -6,7 +6,7 @@ Ranks are processes that this one starts, one for each GPU over NCCL, else on th
 the loop that Ray's actors run, without Ray. `train/2_over_1` is tokens per second of two ranks over
 those of one, by the fastest transport; a transport that fails has its reason in the row. A step is
 timed on the host and waits for the GPU, because it reads its loss. Beside the one rank, the same
-model in transformers with `grouped_mm`: `train_peer.py`.
+model in transformers with `grouped_mm`: `train_peer.py`; with `--ranks 1` these two alone.
 """
 
 import argparse
@@ -98,6 +98,8 @@ def table(of: dict[str, dict[str, Any]], reasons: dict[str, str], ranks: int) ->
         row = {"name": f"train/tokens_per_s/{name}", "value": said["tokens_per_s"]}
         rows.append(row | {"unit": "tokens/s", "ranks": int(name)} | said)
     rows[0] |= _beside(of, reasons, rows[0]["value"])
+    if ranks == 1:
+        return rows[:1]
     one, several = rows[0]["value"], rows[1]["value"]
     value = round(several / one, 3) if one and several else None
     about = {"unit": "times the tokens/s of one rank, equally many tokens on each", "goal": GOAL}
@@ -140,7 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     origin = provenance(kind)
     of: dict[str, dict[str, Any]] = {}
     reasons: dict[str, str] = {}
-    for name in ("alone", *PEERS, *args.transports.split(",")):
+    transports = args.transports.split(",") if args.ranks > 1 else []
+    for name in ("alone", *PEERS, *transports):
         if time.monotonic() > end:
             reasons[name] = "no time left"
             continue

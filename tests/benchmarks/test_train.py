@@ -70,6 +70,17 @@ def test_mfu_is_that_of_all_ranks():
     assert (found["tokens_per_s"], found["step_ms"], found["p90_ms"]) == (163840.0, 200.0, 300.0)
 
 
+def test_one_rank_is_compared_with_transformers_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(train, "run_here", run_here)
+    small = [part for change in SMALL for part in ("--set", change)]
+    how = ["--ranks", "1", "--steps", "1", "--set", "cluster.device=cpu", "--save", *small]
+    monkeypatch.setattr(train, "local_device", lambda ranks: "cpu")
+    train.main(["--config", "configs/quickstart.yaml", *how])
+    (row,) = json.loads((tmp_path / "results/train.json").read_text())
+    assert row["name"] == "train/tokens_per_s/1" and row["ratio"] > 0
+
+
 def test_the_peer_learns_the_same_rows_and_has_the_same_sizes():
     small = load_config("configs/quickstart.yaml", [*SMALL, "train.lr=0.01", "train.warmup=1"])
     config = train.at(small, 1, "all_to_all")
