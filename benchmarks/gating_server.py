@@ -8,6 +8,7 @@ epoch as often as that.
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -41,6 +42,10 @@ class Serving:
 
     def threads(self) -> int:
         return int(self._status("Threads"))
+
+    def sockets(self) -> int:
+        links = Path(f"/proc/{self.pid}/fd").iterdir()
+        return sum(os.readlink(link).startswith("socket:") for link in links)
 
     def _status(self, key: str) -> float:
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()

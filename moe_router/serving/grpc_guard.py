@@ -91,22 +91,24 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _stream(self, method: _Stream, parse: Callable[[Any], Any]) -> _Unary:
         async def call(request: Any, context: Any) -> None:
             if self._streams >= MAX_STREAMS:
-                said = f"{MAX_STREAMS} streams are open; close one, or come back later"
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
+                await context.abort(*_too_many())
             self._streams += 1
             try:
                 # at once: it travels with the first message else, and a status cannot follow
                 # while that one is on its way
                 await context.send_initial_metadata(())
-                async with aclosing(method(parse(request), context)) as messages:  # type: ignore[type-var]
-                    async for message in messages:
-                        if not await _taken(message, context):
-                            break
-                    else:
-                        return
-                await _drop(context)
-            except Exception as error:
-                await _refuse(error, context)
+                refusal = None
+                try:
+                    taken = await _send_all(method(parse(request), context), context)
+                except grpc.aio.BaseError:
+                    raise  # it is being ended, or the client has gone
+                except Exception as error:
+                    taken, refusal = True, _refusal(error)
+                del request  # see `_answer`
+                if not taken:
+                    await _drop(context)
+                if refusal is not None:
+                    await context.abort(*refusal)
             finally:
                 self._streams -= 1
 
@@ -122,27 +124,44 @@ async def _turn_away(requests: Any, context: Any) -> None:
 def _answer(method: _Unary, read: Callable[[bytes], Any]) -> _Unary:
     async def call(request: bytes, context: Any) -> Any:
         try:
-            async with asyncio.timeout(CALL_S) as limit:
-                reply = await method(_parsed(read, request), context)
-            await _require_small(reply, context)
-            return reply
+            return await _in_time(method(_parsed(read, request), context))
+        except grpc.aio.BaseError:
+            raise  # it is being ended, or the client has gone
         except Exception as error:
-            if limit.expired():
-                said = f"no answer within {CALL_S:g} s; ask again later"
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, said)
-            await _refuse(error, context)
+            refusal = _refusal(error)
+        # what gRPC raises in `abort` is kept with the call, in a circle that waits for Python's
+        # collector: outside of `except` and without the request it holds next to nothing
+        del request
+        await context.abort(*refusal)
 
     return call
 
 
-async def _taken(message: Message, context: Any) -> bool:
-    """Send; False where the reader has no room for a message for too long."""
-    await _require_small(message, context)
+async def _in_time(answer: Awaitable[Any]) -> Any:
     try:
-        async with asyncio.timeout(SLOW_S):
-            await context.write(message)
-    except TimeoutError:
-        return False
+        async with asyncio.timeout(CALL_S) as limit:
+            reply = await answer
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise _Refused(
+            grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {CALL_S:g} s; ask again later"
+        ) from error
+    _require_small(reply)
+    return reply
+
+
+async def _send_all(messages: Any, context: Any) -> bool:
+    """False where the reader has no room for a message for too long: what is kept for one stream
+    is at most a message."""
+    async with aclosing(messages):
+        async for message in messages:
+            _require_small(message)
+            try:
+                async with asyncio.timeout(SLOW_S):
+                    await context.write(message)
+            except TimeoutError:
+                return False
     return True
 
 
@@ -160,11 +179,20 @@ async def _drop(context: Any) -> None:
         raise asyncio.CancelledError from None  # a method that just returns is taken for a bug
 
 
-async def _require_small(message: Message, context: Any) -> None:
+class _Refused(Exception):
+    """Its arguments are a status code and what to say."""
+
+
+def _require_small(message: Message) -> None:
     size = message.ByteSize()
     if size > MAX_MESSAGE:
         said = f"the answer has {size} bytes, want at most {MAX_MESSAGE}; ask for less at once"
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
+        raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
+
+
+def _too_many() -> tuple[grpc.StatusCode, str]:
+    said = f"{MAX_STREAMS} streams are open; close one, or come back later"
+    return grpc.StatusCode.RESOURCE_EXHAUSTED, said
 
 
 def _parsed(read: Callable[[bytes], Any], raw: bytes) -> Any:
@@ -183,12 +211,12 @@ async def _each_parsed(
         yield _parsed(read, raw)
 
 
-async def _refuse(error: Exception, context: Any) -> None:
-    """End the call with the error's status. A bug of ours goes to the log, not to the client."""
-    if isinstance(error, grpc.aio.BaseError):
-        raise error  # it is being ended, or the client has gone
+def _refusal(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The status of an error. A bug of ours goes to the log, not to the client."""
+    if isinstance(error, _Refused):
+        code, said = error.args
+        return code, said
     if isinstance(error, MoeRouterError):
-        code = next(code for kind, code in _STATUS if isinstance(error, kind))
-        await context.abort(code, str(error))
+        return next(code for kind, code in _STATUS if isinstance(error, kind)), str(error)
     _log.error("a gRPC method failed", exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
+    return grpc.StatusCode.INTERNAL, "internal error; the server's log has it"

@@ -51,7 +51,7 @@ class InProcess:
     def __init__(self, service: GatingService) -> None:
         self._service = service
         self._waiting = ThreadPoolExecutor(2, "gating-watch")
-        self._routing = ThreadPoolExecutor(os.cpu_count() or 1, "gating-route")
+        self._routing = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "gating-route")
 
     async def load(self) -> Load:
         return self._service.load()

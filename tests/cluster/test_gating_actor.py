@@ -123,6 +123,9 @@ def test_the_adapter_answers_as_the_service_does(service):
         assert await gating.watch(1, 0.0) is None
         await gating.report_load(1, 1, torch.ones(1, E))
         assert await gating.heartbeat(0) == 1
+        load = await gating.load()
+        assert (load.epoch, load.alive, load.routers) == (1, (0, 1), ("run/0",))
+        assert load.load_LE.tolist() == [[1.0] * E]
         with pytest.raises(StaleEpochError, match="epoch 3, want 1"):
             await gating.route("run", 0, 3, x_TD, None)
         with pytest.raises(UnknownRouterError, match="run/9"):

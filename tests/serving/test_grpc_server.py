@@ -17,6 +17,7 @@ from moe_router.errors import (
     StaleEpochError,
     UnknownRouterError,
 )
+from moe_router.serving import grpc_server
 from moe_router.serving import router_pb2 as pb
 from moe_router.serving.exposure import Tls
 from moe_router.serving.grpc_guard import MAX_MESSAGE
@@ -173,6 +174,32 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(token):
     with pytest.raises(ConfigError, match=r"gRPC token=.* characters: want") as said:
         talk(health, token=token)
     assert not token or token not in str(said.value)
+
+
+def test_calls_at_once_are_bounded(monkeypatch):
+    """Those beyond are refused at once, and there is room again when others end."""
+    monkeypatch.setattr(grpc_server, "MAX_CALLS", 4)
+
+    class Slow(Echo):
+        async def Health(self, request, context):
+            await asyncio.sleep(0.5)
+            return pb.HealthReply(ok=True)
+
+    async def go():
+        server, port = await serve_grpc([added(Slow())])
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                asked = await asyncio.gather(
+                    *(health(channel) for _ in range(12)), return_exceptions=True
+                )
+                return asked, await health(channel)
+        finally:
+            await server.stop(None)
+
+    asked, later = asyncio.run(go())
+    refused = [each for each in asked if isinstance(each, grpc.aio.AioRpcError)]
+    assert {each.code() for each in refused} <= {Code.RESOURCE_EXHAUSTED}
+    assert later.ok and len(asked) - len(refused) >= 4
 
 
 def test_a_taken_port_is_refused():
