@@ -92,7 +92,8 @@ def remembered_link(
     numbers = torch.zeros(len(RATES) + len(NAMES), dtype=torch.float64, device=device)
     if first and run_dir is not None and (run_dir / LINK).is_file():
         old = Link(**json.loads((run_dir / LINK).read_text()))
-        if (old.ranks, old.device) == (ranks, device.type):
+        whole = set(RATES) - {"put"} <= old.bytes_per_s.keys()
+        if whole and (old.ranks, old.device) == (ranks, device.type):
             numbers.copy_(torch.tensor(_numbers(old), dtype=torch.float64))
     dist.broadcast(numbers, 0)
     if numbers[0] > 0:

@@ -34,6 +34,9 @@ def test_a_run_that_goes_on_finds_what_was_measured(tmp_path):
     assert measured == again != anew
     text = (tmp_path / LINK).read_text()
     assert json.loads(text)["bytes_per_s"] == measured.bytes_per_s
+    # of a version that measured less
+    (tmp_path / LINK).write_text(text.replace('"combine"', '"other"'))
+    assert run_ranks(2, links, (tmp_path,))[0][0].bytes_per_s["combine"] > 0
     # of another number of ranks
     (tmp_path / LINK).write_text(text.replace('"ranks": 2', '"ranks": 3'))
     assert run_ranks(2, links, (tmp_path,))[0][0].ranks == 2
