@@ -1,8 +1,12 @@
 """Routing in depth on dense layers: quality, executed FLOPs, wall-clock, memory, controls.
 
-    python -m benchmarks.dense_routing --fashion DIR --sst2 DIR --runs runs/dense_routing --save
+    python -m benchmarks.dense_routing --data DIR --seeds 0,1,2 --save
+    python -m benchmarks.dense_routing --data DIR --seeds 0,1,2 --save --device cuda --seconds 300
 
-Rows come one by one and are saved as they come; trainings are kept under --runs and gone on with.
+DIR holds a folder for each task, see `benchmarks.depth_files`; --only says which rows. The runs of
+a task and a seed are one process, up to --workers side by side: small models leave a GPU idle most
+of the time. Then each row is measured alone, and saved as it comes. Trainings are kept under --runs
+and gone on with; rows and seeds that are saved are not made again.
 Speed is that of the full dense model with the same kernels and the same padding-free batch, timed
 in turn with the routed one. `benchmarks.dense_routing_table` writes docs/results/dense_routing.md.
 """
@@ -10,20 +14,24 @@ in turn with the routed one. `benchmarks.dense_routing_table` writes docs/result
 import argparse
 import fnmatch
 import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.depth_bench import Bench, one_thread, quality, soft_gap
+from benchmarks.by_seed import saved
+from benchmarks.depth_bench import Bench, TimeOver, one_thread
+from benchmarks.depth_files import files_of, folders
+from benchmarks.depth_lanes import Lane, bench_of, known, run_lanes
 from benchmarks.depth_measure import Model, executed, milliseconds, training_mib
 from benchmarks.depth_tasks import TASKS, Setting, settings
 from benchmarks.results import Row, provenance, save
-from moe_router.config import DataConfig
-from moe_router.models import CausalLM
-from moe_router.training.data import make_tokenizer
+from benchmarks.timing import Deadline
 from moe_router.training.loop import Trainer
 
+FILE = "dense_routing"
 BATCHES = (16, 64, 256)  # sequences; of these each model has its fastest
-VOCAB = 4000  # of the tokenizer that is made of the training sentences
+TRAINING = 0.7  # of the seconds; what is left is for measuring
+UNITS = {"accuracy": "accuracy", "matthews": "Matthews", "bits_per_byte": "bits per byte"}
 
 
 class Rows:
@@ -31,64 +39,84 @@ class Rows:
     bench: of one task.
     seeds: of the quality; FLOPs, time and memory are those of the first.
     seconds: of timing, for each row and batch.
+    old: rows saved before, by name: seeds that they have are not trained again.
     """
 
-    def __init__(self, bench: Bench, seeds: list[int], seconds: float) -> None:
+    def __init__(
+        self, bench: Bench, seeds: list[int], seconds: float, old: Mapping[str, Row]
+    ) -> None:
         self.bench, self.seeds, self.seconds = bench, seeds, seconds
+        self._old = old
         self._settings = {s.name: s for s in settings(bench.task)}
         self._trainers: dict[tuple[str, int], Trainer] = {}
-        self._qualities: dict[tuple[str, int], float] = {}
 
     def row(self, name: str) -> Row:
-        """Everything about one row, but for where and when."""
+        """Everything about one row, but for where and when.
+
+        Raises:
+            TimeOver: no seed of it, or of its rival, is there.
+        """
         setting = self._settings[name]
-        mine, rivals = (
-            [self._quality(n, seed) for seed in self.seeds] for n in (name, setting.rival)
+        mine, rivals = self._by_seed(name), self._by_seed(setting.rival)
+        common = sorted(mine.keys() & rivals.keys())
+        value, rival = (
+            statistics.mean(of[seed]["quality"] for seed in common) for of in (mine, rivals)
         )
-        mean, rival = statistics.mean(mine), statistics.mean(rivals)
-        text = isinstance(self._model(name)[0], CausalLM)  # of bits the fewer are the better
+        values = [mine[seed]["quality"] for seed in common]
+        unit = UNITS[self.bench.task.metric]
+        fewer = unit == "bits per byte"  # are better
         return {
             "name": f"{self.bench.name}/{name}",
-            "value": round(mean, 4),
-            "unit": "bits per byte" if text else "accuracy",
-            "seeds": [round(v, 4) for v in mine],
-            "mean": round(mean, 4),
-            "std": round(statistics.stdev(mine), 4) if len(mine) > 1 else None,
+            "value": round(value, 4),
+            "unit": unit,
+            "seeds": [round(v, 4) for v in values],
+            "by_seed": {str(seed): mine[seed] for seed in common},
+            "of": self.bench.about,
+            "mean": round(value, 4),
+            "std": round(statistics.stdev(values), 4) if len(values) > 1 else None,
             "rival": f"{self.bench.name}/{setting.rival}",
-            "retained": round(rival / mean if text else mean / rival, 4),
-            "soft_gap": self._soft_gap(setting),
+            "retained": _ratio(rival, value) if fewer else _ratio(value, rival),
+            "soft_gap": _mean(mine[seed].get("gap") for seed in common),
+            "elsewhere": self._elsewhere([mine[seed] for seed in common]),
             "noun": self.bench.task.noun,
             **self._executed(setting),
             **self._speed(setting),
             **self._memory(setting),
         }
 
-    def _trainer(self, name: str, seed: int) -> Trainer:
-        key = (name, seed)
+    def _by_seed(self, name: str) -> dict[int, Row]:
+        """What was measured of the runs that are there, or can be trained in time."""
+        found, late = known(self._old, f"{self.bench.name}/{name}", self.bench), None
+        for seed in self.seeds:
+            if seed not in found:
+                try:
+                    found[seed] = self.bench.measured(self._settings[name], seed)
+                except TimeOver as error:
+                    late = error
+        if late is not None and not found:
+            raise late
+        return found
+
+    @staticmethod
+    def _elsewhere(measured: list[Row]) -> Row | None:
+        """Of data from somewhere else, mean over the seeds."""
+        there = [m["elsewhere"] for m in measured if "elsewhere" in m]
+        if not there:
+            return None
+        return {key: _mean(of[key] for of in there) for key in ("quality", "executed")}
+
+    def _trainer(self, name: str) -> Trainer:
+        key = (name, self.seeds[0])
         if key not in self._trainers:
             setting, flops = self._settings[name], None
             if setting.equal_to is not None:
-                flops = executed(*self._model(setting.equal_to), self.bench.counted()).mean
-            self._trainers[key] = self.bench.trained(setting, seed, flops)
+                flops = self.bench.flops_of(setting.equal_to, self.seeds[0])
+            self._trainers[key] = self.bench.trained(setting, self.seeds[0], flops)
         return self._trainers[key]
 
     def _model(self, name: str) -> tuple[Model, Any]:
-        trainer = self._trainer(name, self.seeds[0])
+        trainer = self._trainer(name)
         return trainer.model, trainer.config
-
-    def _quality(self, name: str, seed: int) -> float:
-        key = (name, seed)
-        if key not in self._qualities:
-            self._qualities[key] = quality(self._trainer(name, seed))
-        return self._qualities[key]
-
-    def _soft_gap(self, setting: Setting) -> float | None:
-        """Nats, mean over the seeds; None where no threshold was ever soft."""
-        routing = setting.routing
-        if routing is None or routing.kind != "halt" or routing.halting == "act":
-            return None
-        gaps = [soft_gap(self._trainer(setting.name, seed)) for seed in self.seeds]
-        return round(statistics.mean(gaps), 5)
 
     def _executed(self, setting: Setting) -> Row:
         of = executed(*self._model(setting.name), self.bench.counted())
@@ -136,27 +164,14 @@ class Rows:
         }
 
 
-def files_of(name: str, folder: Path, runs: Path) -> tuple[str, ...]:
-    """Keys of the config that say where the data of a task lies."""
-    if name == "enwik8":
-        return (f"data.path={folder / 'enwik8.xz'}",)
-    if name == "cifar":
-        file = folder / "cifar10_jpeg.npz"
-        return (f"data.path={file}", f"data.val_path={file}")
-    if name == "fashion":
-        images = [folder / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
-        found = [p if p.exists() else p.with_name(p.name + ".gz") for p in images]
-        return (f"data.path={found[0]}", f"data.val_path={found[1]}")
-    files, labels = ("stsa.binary.train", "stsa.binary.dev"), ("0", "1")
-    if name == "imdb":
-        files = ("train.jsonl.xz", "test.jsonl.xz")
-    train, held_out = (folder / file for file in files)
-    tokenizer = runs / f"{name}.json"
-    if not tokenizer.exists():
-        runs.mkdir(parents=True, exist_ok=True)
-        texts = DataConfig(source="labelled", path=str(train), labels=labels)
-        make_tokenizer(texts, VOCAB, tokenizer)
-    return (f"data.path={train}", f"data.val_path={held_out}", f"data.tokenizer={tokenizer}")
+def _ratio(part: float, whole: float) -> float:
+    """0 where a model that knows nothing (Matthews 0) leaves nothing to retain."""
+    return round(part / whole, 4) if whole else 0.0
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return round(statistics.mean(there), 5) if there else None
 
 
 def shown(row: Row) -> str:
@@ -169,36 +184,64 @@ def shown(row: Row) -> str:
     )
 
 
+def wanted(args: argparse.Namespace, name: str) -> list[str]:
+    """The rows of a task that --only names."""
+    patterns = args.only.split(",")
+    rows = [s.name for s in settings(TASKS[name])]
+    return [r for r in rows if any(fnmatch.fnmatch(f"{name}/{r}", p) for p in patterns)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in TASKS:
-        parser.add_argument(f"--{name}", type=Path, help="folder of its files")
+    parser.add_argument("--data", type=Path, required=True, help="a folder for each task in it")
     parser.add_argument("--only", default="*", help="rows by shell pattern, several by commas")
     parser.add_argument("--runs", type=Path, default=Path("runs/dense_routing"))
     parser.add_argument("--seeds", default="0", help="by commas")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each batch")
+    parser.add_argument("--seconds", type=float, default=1e9, help="of the whole: then it ends")
+    parser.add_argument("--timing", type=float, default=4.0, help="seconds for each batch")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args(arguments)
     one_thread()
+    end, training = Deadline(args.seconds), Deadline(TRAINING * args.seconds)
     origin = provenance(args.device)
-    for name, task in TASKS.items():
-        if (folder := getattr(args, name)) is None:
+    old = saved(FILE, origin["device"])
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    lanes = []
+    for name, folder in folders(args.data).items():
+        if rows := wanted(args, name):
+            more = (*files_of(name, folder, args.runs), *args.set)
+            how = (more, args.device, args.scale, training, tuple(rows))
+            lanes += [Lane(name, args.runs, folder, *how, seed, old) for seed in seeds]
+    run_lanes(lanes, args.workers)
+    for lane in lanes[:: len(seeds)]:
+        measure(lane, seeds, args, end, origin)
+
+
+def measure(
+    lane: Lane, seeds: list[int], args: argparse.Namespace, end: Deadline, origin: Row
+) -> None:
+    """The rows of a task, each saved as it comes."""
+    bench = bench_of(lane)
+    rows = Rows(bench, seeds, args.timing, lane.old)
+    for name in lane.rows:
+        full = f"{lane.task}/{name}"
+        if set(seeds) <= known(lane.old, full, bench).keys():
             continue
-        chosen = [
-            s.name
-            for s in settings(task)
-            if any(fnmatch.fnmatch(f"{name}/{s.name}", p) for p in args.only.split(","))
-        ]
-        overrides = (*files_of(name, folder, args.runs), *args.set)
-        bench = Bench(name, args.runs, overrides, args.device)
-        rows = Rows(bench, [int(seed) for seed in args.seeds.split(",")], args.seconds)
-        for row_name in chosen:
-            row = rows.row(row_name) | origin
-            print(shown(row), flush=True)
-            if args.save:
-                save("dense_routing", [row])
+        if end.over():
+            print(f"{full}: the time is over", flush=True)
+            return
+        try:
+            row = rows.row(name) | origin
+        except TimeOver as error:
+            print(f"{full}: {error}", flush=True)
+            continue
+        print(shown(row), flush=True)
+        if args.save:
+            save(FILE, [row])
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def table(name: str, rows: list[Row]) -> list[str]:
     of = {row["name"]: row for row in rows}
     lines = [f"## {name}", "", HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += ["", *verdicts(of), *sources(rows)]
+    lines += ["", *verdicts(of), *shifts(rows), *sources(rows)]
     return lines
 
 
@@ -95,6 +95,18 @@ def verdicts(of: dict[str, Row]) -> list[str]:
             if f"{name}/{control}" in of
         ]
         lines += [f"- {name}, {of[name]['mean']:.4f}, beside {'; '.join(said)}."]
+    return [*lines, ""] if lines else []
+
+
+def shifts(rows: list[Row]) -> list[str]:
+    """How a row does on texts from somewhere else, beside the dense one."""
+    lines = []
+    for row in rows:
+        if there := row.get("elsewhere"):
+            found = f"{there['quality']:.4f}"
+            share = there["executed"]
+            spent = "" if share is None else f", executing {share:.1%} of the dense FLOPs"
+            lines.append(f"- {row['name']} on texts from elsewhere: {found}{spent}.")
     return [*lines, ""] if lines else []
 
 
@@ -146,8 +158,11 @@ def page(rows: list[Row], notes: str, speed: list[Row]) -> str:
     lines += [
         "## Again",
         "",
-        "    python -m benchmarks.dense_routing --fashion DIR --sst2 DIR --seeds 0,1,2 --save",
-        "    python -m benchmarks.dense_routing --enwik8 DIR --imdb DIR --cifar DIR --save",
+        "    python -m benchmarks.depth_files FROM DIR    # small copies, a folder a task",
+        "    python -m benchmarks.dense_routing --data DIR --seeds 0,1,2 --save",
+        "    # one GPU, five minutes; what that does not reach, the next call makes",
+        "    python -m benchmarks.dense_routing --data DIR --seeds 0,1,2 --save --device cuda \\",
+        "        --workers 15 --seconds 290 --timing 0.3 --only 'imdb/*,enwik8/mod*,shakespeare/*'",
         "    python -m benchmarks.skip_speed --save    # a GPU, under two minutes",
         "    python -m benchmarks.dense_routing_table",
         "",

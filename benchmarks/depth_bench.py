@@ -3,14 +3,17 @@
 Every model is trained on one rank, by the same Trainer as any run.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.depth_measure import dense_flops
-from benchmarks.depth_tasks import TASKS, Setting, settings
+from benchmarks.depth_measure import dense_flops, executed
+from benchmarks.depth_tasks import TASKS, Setting, scaled, settings
+from benchmarks.results import Row
+from benchmarks.timing import Deadline
 from moe_router import Context, Ledger
 from moe_router.config import Config
 from moe_router.config_file import load_config
@@ -25,6 +28,10 @@ COUNTED = 128  # held-out sequences that FLOPs are taken over
 SAVE_EVERY = 500  # steps: what an interrupted run loses
 
 
+class TimeOver(Exception):
+    """A training was not begun, or stands at a checkpoint, because its time was over."""
+
+
 class Bench:
     """The runs of one task: trained once, kept in a folder, gone on with after an interruption.
 
@@ -33,14 +40,40 @@ class Bench:
         folder: of the runs.
         overrides: keys of the config set from outside: the data's path, sizes.
         device: of the models.
+        scale: of the number of steps.
+        until: nothing is trained after it.
+        elsewhere: a file of labelled texts from somewhere else, to be measured on too.
     """
 
-    def __init__(self, name: str, folder: Path, overrides: Sequence[str], device: str) -> None:
-        self.name, self.task, self.device = name, TASKS[name], device
-        self._folder = folder
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        overrides: Sequence[str],
+        device: str,
+        *,
+        scale: float = 1.0,
+        until: Deadline | None = None,
+        elsewhere: Path | None = None,
+    ) -> None:
+        self.name, self.task, self.device = name, scaled(TASKS[name], scale), device
+        self._folder, self._until = folder, until
         own = ["cluster.actors=1", "run.record=false"]
         self._base = load_config(self.task.config, [*self.task.overrides, *own, *overrides])
         self.dataset: AnyDataset = load_dataset(self._base.data)
+        self._elsewhere: AnyDataset | None = None
+        if elsewhere is not None:
+            there = replace(self._base.data, path=str(elsewhere), val_path=str(elsewhere))
+            self._elsewhere = load_dataset(there)
+
+    @property
+    def about(self) -> Row:
+        """What has to be the same of all seeds of a row."""
+        base = self._base
+        return {
+            "steps": self.task.steps, "tune": self.task.tune, "tokens": base.data.seq_len,
+            "batch": base.train.batch, "rows": self.dataset.train.rows,
+        }  # fmt: skip
 
     def config(self, setting: Setting, seed: int, flops: float | None = None) -> Config:
         """Of one run.
@@ -81,11 +114,49 @@ class Bench:
             trainer.restore(last)
         folder.mkdir(parents=True, exist_ok=True)
         while trainer.step < setting.steps:
+            if self._until is not None and self._until.over():
+                raise TimeOver(f"{config.run.name}: at step {trainer.step} of {setting.steps}")
             trainer.train_step()
             if trainer.step % SAVE_EVERY == 0 or trainer.step == setting.steps:
                 trainer.save(folder, wait=True)
         trainer.close()
         return trainer
+
+    def measured(self, setting: Setting, seed: int) -> Row:
+        """Quality of one run, which is trained if it was not; measured once.
+
+        Returns:
+            `quality`; `executed`, its share of the dense model's FLOPs; `gap`, nats from soft to
+            hard; both of the held-out data elsewhere too, if there is any.
+
+        Raises:
+            TimeOver: it cannot be trained any more.
+        """
+        file = self._folder / self._run(setting.name, seed) / "measured.json"
+        if file.exists():
+            found: Row = json.loads(file.read_text())
+            if found["of"] == self.about:
+                return found
+        flops = None
+        if setting.equal_to is not None:
+            flops = self.flops_of(setting.equal_to, seed)
+        trainer = self.trained(setting, seed, flops)
+        found = {"of": self.about, **quality(trainer, self.task.metric)}
+        if setting.thresholds:
+            found["gap"] = soft_gap(trainer)
+        if self._elsewhere is not None:
+            trainer.dataset = self._elsewhere
+            there = quality(trainer, self.task.metric)
+            found["elsewhere"] = {key: there[key] for key in ("quality", "executed")}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+        return found
+
+    def flops_of(self, name: str, seed: int) -> float:
+        """Executed by a token of the run of this name."""
+        of = next(s for s in settings(self.task) if s.name == name)
+        trainer = self.trained(of, seed)
+        return executed(trainer.model, trainer.config, self.counted()).mean
 
     def _begun(self, config: Config, setting: Setting, seed: int) -> Trainer:
         trainer = Trainer(config, device=self.device, dataset=self.dataset)
@@ -139,12 +210,12 @@ def equal_flops(config: Config, flops: float, batches: list[Batch]) -> Config:
     return best
 
 
-def quality(trainer: Trainer) -> float:
-    """Share of the held-out labels that is right, or bits per byte of held-out text."""
+def quality(trainer: Trainer, metric: str) -> Row:
+    """Held-out quality by its metric, and the executed share of the dense model's FLOPs."""
     record = trainer.evaluate()
-    found = record.bits_per_byte if record.accuracy is None else record.accuracy
+    found = getattr(record, metric)
     assert found is not None
-    return found
+    return {"quality": found, "executed": record.executed}
 
 
 def soft_gap(trainer: Trainer) -> float:

@@ -20,6 +20,7 @@ class Task:
     routings: by the name of the row, whose first part is its kind; the headline row of a kind is
         its first one.
     noun: what a sequence is.
+    metric: of an EvalRecord.
     """
 
     config: str
@@ -28,6 +29,7 @@ class Task:
     tune: int
     routings: dict[str, RoutingConfig]
     noun: str
+    metric: str = "accuracy"
 
 
 def _shares(kind: str, keeps: Sequence[float], **more: Any) -> dict[str, RoutingConfig]:
@@ -50,7 +52,22 @@ _CIFAR = (
     "data.labels=[airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck]",
 )  # fmt: skip
 _ENWIK8 = ("data.source=enwik8", "train.eval_rows=256")
-_IMDB = ("train.eval_rows=500", "data.seq_len=256", "train.batch=16")
+_IMDB = ("train.eval_rows=2000", "data.seq_len=512", "train.batch=16")
+_COLA = ("train.eval_rows=2000", "data.seq_len=64")
+# as in the paper of token-selective attention
+_TSA = (
+    "model.layers=6",
+    "model.dim=256",
+    "model.hidden=1024",
+    "model.moe=null",
+    "run.record=false",
+)
+_CASCADE = {
+    f"{kind}-first{first}/0.5": routing
+    for kind in ("prune", "skip", "leap")
+    for first in (0, 1, 2)
+    for routing in _shares(kind, (0.5,), first=first).values()
+}
 TASKS = {
     "fashion": Task(
         "fashion", (), 2000, 400,
@@ -73,8 +90,18 @@ TASKS = {
         MOD | _shares("skip", (0.5,))
         | _shares("leap", (0.5,), curriculum=100) | _shares("halt", (0.6,))
         | _shares("halt", (0.6,), **PONDER) | _shares("halt", (0.8,), **TSA) | _FREE,
-        "rows of 128 bytes",
+        "rows of 128 bytes", "bits_per_byte",
     ),
+    "shakespeare": Task(
+        "shakespeare", _TSA, 600, 200, _shares("halt", (0.8,), **TSA) | _FREE,
+        "rows of 256 bytes", "bits_per_byte",
+    ),
+    "cola": Task(
+        "sst2", _COLA, 600, 200, _shares("prune", (0.5,)) | _shares("halt", (0.5,)), "sentences",
+        "matthews",
+    ),
+    # what an error costs that is made early: the first block after or at which tokens go
+    "cascade": Task("sst2", _IMDB, 300, 100, _CASCADE, "reviews"),
 }  # fmt: skip
 
 
@@ -98,6 +125,17 @@ class Setting:
     rival: str
     equal_to: str | None = None
 
+    @property
+    def thresholds(self) -> bool:
+        """Whether its tokens leave at a threshold that can be softened."""
+        routing = self.routing
+        return routing is not None and routing.kind == "halt" and routing.halting != "act"
+
+
+def scaled(task: Task, scale: float) -> Task:
+    """As many times the steps."""
+    return replace(task, steps=round(scale * task.steps), tune=round(scale * task.tune))
+
 
 def settings(task: Task) -> list[Setting]:
     """All rows of a task, each after those that it needs."""
@@ -111,7 +149,8 @@ def settings(task: Task) -> list[Setting]:
         # merging learns nothing, so it is put into the dense model as it is
         tune, rival = (0, "dense") if kind == "merge" else (task.tune, "dense/tuned")
         variants = {name: routing}
-        if kind not in seen:
+        curve = task.routings is _CASCADE  # compared with each other
+        if kind not in seen and not curve:
             variants[f"{name}/frozen"] = replace(routing, frozen=True)
             variants[f"{name}/position"] = replace(routing, router="position")
         # a block counts by the router's weight, so a dense model knows nothing of being skipped:
@@ -119,7 +158,7 @@ def settings(task: Task) -> list[Setting]:
         anew = routing.kind == "skip"
         start, steps = (None, task.steps + tune) if anew else ("dense", tune)
         rows += [Setting(n, r, start, steps, rival) for n, r in variants.items()]
-        if kind not in seen:
+        if kind not in seen and not curve:
             if kind == "merge":
                 rows.append(Setting(f"{name}/tuned", routing, "dense", task.tune, "dense/tuned"))
             rows.append(Setting(f"{name}/equal", None, None, task.steps + tune, rival, name))

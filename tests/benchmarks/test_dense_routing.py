@@ -1,15 +1,26 @@
 """The benchmark of routing in depth, in a tiny form: every row, gone on with, and its page."""
 
+import gzip
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import dense_routing, dense_routing_table, depth_measure, depth_tasks, results
-from benchmarks.depth_bench import Bench, equal_flops
+from benchmarks import (
+    dense_routing,
+    dense_routing_table,
+    depth_files,
+    depth_measure,
+    depth_tasks,
+    results,
+)
+from benchmarks.depth_bench import Bench, TimeOver, equal_flops
+from benchmarks.depth_files import files_of
 from benchmarks.depth_measure import dense_flops
 from benchmarks.depth_tasks import settings
+from benchmarks.timing import Deadline
 from moe_router.config import RoutingConfig
 from moe_router.cost import cost
 from moe_router.training.data import val_batches
@@ -24,9 +35,10 @@ ROUTINGS = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Twelve rows of random images, two steps of training."""
+    """Sixty random images, two steps of training."""
+    (tmp_path / "fashion").mkdir()
     for part, count in (("train", 40), ("t10k", 20)):
-        write_idx(tmp_path, part, count, size=28, noise=True)
+        write_idx(tmp_path / "fashion", part, count, size=28, noise=True)
     task = replace(depth_tasks.TASKS["fashion"], steps=2, tune=1, routings=ROUTINGS)
     monkeypatch.setitem(depth_tasks.TASKS, "fashion", task)
     monkeypatch.setattr(results, "ROOT", tmp_path)
@@ -37,7 +49,7 @@ def folder(tmp_path, monkeypatch):
 
 def run(folder, *more):
     tiny = [word for key in TINY for word in ("--set", key)]
-    own = ["--fashion", str(folder), "--runs", str(folder / "runs"), "--seconds", "0.01"]
+    own = ["--data", str(folder), "--runs", str(folder / "runs"), "--timing", "0.01"]
     dense_routing.main([*own, *tiny, "--save", *more])
     return {r["name"]: r for r in json.loads((folder / "results/dense_routing.json").read_text())}
 
@@ -69,8 +81,51 @@ def test_every_row_is_measured_saved_and_gone_on_with(folder, capsys):
     assert page.endswith("kept\n") and "## sst2" not in page
 
 
+def test_a_second_seed_joins_the_first_and_time_that_is_over_ends_it(folder, capsys):
+    one = run(folder, "--only", "fashion/prune/0.6")["fashion/prune/0.6"]
+    late = run(folder, "--only", "fashion/prune/0.6", "--seeds", "0,1", "--seconds", "0")
+    assert late["fashion/prune/0.6"] == one
+    assert "fashion/prune/0.6: the time is over" in capsys.readouterr().out
+    shutil.rmtree(folder / "runs")  # another machine: only what was saved is there
+    both = run(folder, "--only", "fashion/prune/0.6", "--seeds", "0,1")["fashion/prune/0.6"]
+    assert both["by_seed"].keys() == {"0", "1"} and both["by_seed"]["0"] == one["by_seed"]["0"]
+    assert both["std"] is not None
+    wider = run(folder, "--only", "fashion/prune/0.6", "--scale", "2")["fashion/prune/0.6"]
+    assert wider["of"]["steps"] == 4 and wider["by_seed"].keys() == {"0"}
+
+
+def test_a_training_ends_when_its_time_is_over(folder):
+    files = files_of("fashion", folder / "fashion", folder / "runs")
+    late = Bench("fashion", folder / "runs", (*files, *TINY), "cpu", until=Deadline(-1))
+    with pytest.raises(TimeOver, match="fashion-dense-s0: at step 0 of 2"):
+        late.measured(settings(late.task)[0], 0)
+
+
+def test_small_copies_of_the_files_are_read(tmp_path):
+    """Reviews of both labels, judgements of one line each, images that keep their labels."""
+    source, to = tmp_path / "from", tmp_path / "to"
+    source.mkdir()
+    write_idx(source, "train", 30, size=28, noise=True)
+    write_idx(source, "t10k", 20, size=28, noise=True)
+    for path in source.iterdir():
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+    for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
+        (source / f"{name}.tsv").write_text("ks08\t1\t\tThe cat sat.\nks08\t0\t*\tCat the.\n")
+    depth_files.copy(source, to, ["fashion", "cola"])
+    images = Bench("fashion", tmp_path, files_of("fashion", to / "fashion", tmp_path), "cpu")
+    assert (images.dataset.train.rows, images.dataset.val.rows) == (30, 20)
+    there = depth_files.elsewhere("cola", to / "cola")
+    files = files_of("cola", to / "cola", tmp_path)
+    cola = Bench("cola", tmp_path, (*files, *TINY), "cpu", elsewhere=there)
+    assert sorted(cola.dataset.val.label_N.tolist()) == [0, 1]
+    found = cola.measured(replace(settings(cola.task)[0], steps=1), 0)
+    assert -1 <= found["elsewhere"]["quality"] <= 1
+    with pytest.raises(SystemExit, match=r"no enwik8\.xz in it"):
+        depth_files.copy(source, to, ["enwik8"])
+
+
 def test_flops_of_tokens_are_those_of_the_ledger_and_a_wrong_count_is_caught(folder, monkeypatch):
-    files = dense_routing.files_of("fashion", folder, folder / "runs")
+    files = files_of("fashion", folder / "fashion", folder / "runs")
     bench = Bench("fashion", folder / "runs", (*files, *TINY), "cpu")
     batch = next(val_batches(bench.dataset, rows=4, batch=4, rank=0, ranks=1))
     for setting in settings(bench.task):
@@ -88,7 +143,7 @@ def test_flops_of_tokens_are_those_of_the_ledger_and_a_wrong_count_is_caught(fol
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_the_equal_model_executes_as_much(folder, share):
-    files = dense_routing.files_of("fashion", folder, folder / "runs")
+    files = files_of("fashion", folder / "fashion", folder / "runs")
     bench = Bench("fashion", folder / "runs", files, "cpu")
     base = bench.config(settings(bench.task)[0], 0)
     whole = dense_flops(base, bench.counted())

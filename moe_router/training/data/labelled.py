@@ -14,6 +14,7 @@ from moe_router.errors import DataError
 from moe_router.training.data.batch import Batch
 from moe_router.training.data.files import expand, near
 from moe_router.training.data.labelled_files import labelled_rows
+from moe_router.training.data.permutation import permute
 from moe_router.training.data.sources import utf8
 from moe_router.training.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -70,10 +71,12 @@ def load_labelled(config: DataConfig) -> LabelledDataset:
     train = _read(config.path, "data.path", config, tokenizer)
     if config.val_path is not None:
         val = _read(config.val_path, "data.val_path", config, tokenizer)
-        return LabelledDataset(train, val, tokenizer, config.labels)
-    is_val_N = held_out(train.rows, config, Documents.noun)
-    kept, held = (_some(train, np.flatnonzero(mask)) for mask in (~is_val_N, is_val_N))
-    return LabelledDataset(kept, held, tokenizer, config.labels)
+    else:
+        is_val_N = held_out(train.rows, config, Documents.noun)
+        train, val = (_some(train, np.flatnonzero(mask)) for mask in (~is_val_N, is_val_N))
+    # the first train.eval_rows are measured: files are often sorted by label
+    val = _some(val, permute(np.arange(val.rows), val.rows, seed=0, epoch=0))
+    return LabelledDataset(train, val, tokenizer, config.labels)
 
 
 def held_out(rows: int, config: DataConfig, noun: str) -> NDArray[np.bool_]:

@@ -100,13 +100,25 @@ def test_held_out_are_the_documents_of_val_path_or_a_spread_of_all(tmp_path):
     (tmp_path / "dev.txt").write_text(lines(ROWS[:2]))
     data = load(tmp_path, lines(ROWS[2:]), val_path=str(tmp_path / "dev.txt"))
     assert (len(documents(data.train)), len(documents(data.val))) == (2, 2)
-    assert documents(data.val)[0] == (0, b"so bad")
+    assert (0, b"so bad") in documents(data.val)
     by_label = lines(sorted(many(60)))  # sorted files are common: both labels must be held out
     spread = load(tmp_path, by_label, val_fraction=0.1, seq_len=10)
     assert spread.val.rows == 6 and spread.train.rows == 54
     assert set(spread.val.label_N.tolist()) == {0, 1}
     together = documents(spread.train) + documents(spread.val)
     assert len(set(together)) == 60
+
+
+def test_the_first_held_out_documents_of_a_sorted_file_have_both_labels(tmp_path):
+    by_label = sorted(many(60))
+    (tmp_path / "dev.txt").write_text(lines(by_label))
+    data = load(tmp_path, lines(ROWS), val_path=str(tmp_path / "dev.txt"), seq_len=10)
+    first = next(val_batches(data, rows=12, batch=12, rank=0, ranks=1)).target_N.tolist()
+    assert 2 <= sum(first) <= 10 and len(first) == 12
+    wanted = sorted((label == "pos", text.encode()[:9]) for label, text in by_label)
+    assert sorted(documents(data.val)) == wanted
+    again = load(tmp_path, lines(ROWS), val_path=str(tmp_path / "dev.txt"), seq_len=10)
+    assert documents(again.val) == documents(data.val)
 
 
 def test_a_folder_is_all_its_files(tmp_path):
