@@ -6,7 +6,7 @@ import pytest
 
 from moe_router.training.loop import Trainer
 from moe_router_cluster.run_folder import open_run
-from tests.cluster.test_serve import start
+from tests.cluster.serving_calls import start
 from tests.cluster.test_submit import free_ports
 from tests.serving.browser import CHROMIUM, browser
 

@@ -4,68 +4,36 @@ import http.client
 import json
 import os
 import signal
-import ssl
-import subprocess
-import sys
 import time
-import uuid
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import grpc
 import pytest
 
-from moe_router.models import Sampling, generate
 from moe_router.serving import router_pb2 as pb
 from moe_router.serving.matrices import from_matrix, to_matrix
 from moe_router.serving.router_messages import snapshot_of
 from moe_router.serving.router_pb2_grpc import GenerationStub, RouterStub
-from moe_router.training.inference import load_for_inference
 from moe_router.training.loop import Trainer
 from moe_router_cluster.run_folder import open_run
+from tests.cluster.serving_calls import (
+    GRPC_KEY,
+    KEY,
+    call,
+    channel_of,
+    complete,
+    connection_to,
+    serving,
+    shards,
+    start,
+    wanted,
+)
 from tests.cluster.test_cli import marked
 from tests.cluster.test_submit import free_ports
 from tests.tls import certificate
 
 pytestmark = pytest.mark.timeout(180)
-ROOT = Path(__file__).resolve().parents[2]
-ROOTS = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cluster")]
-KEY = {"Authorization": "Bearer secret"}
-GRPC_KEY = (("authorization", "Bearer secret"),)
-
-
-def start(arguments, folder, command="serve", **more):
-    mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moe_router_cluster.cli", command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        start_new_session=True,  # Ctrl-C reaches every process of a terminal's group
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS), "MARK": mark, **more},
-    )
-    return process, mark
-
-
-def serving(process, mark, port, step, trust=None):
-    """Wait until it serves: what it printed, its ports, and the model that it serves.
-
-    trust: the certificate that it shows; None: it speaks plain text.
-    """
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "Ctrl-C" in line:
-            break
-    else:
-        pytest.fail(f"{said} {process.stderr.read()}")
-    (address,) = [line.split()[1] for line in said if line.startswith("gRPC")]
-    model, _, tokenizer = load_for_inference(step)
-    return SimpleNamespace(
-        port=port, grpc=address, mark=mark, process=process, said=said, model=model, tok=tokenizer,
-        trust=trust,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,53 +61,6 @@ def server(run):
     yield serving(process, mark, port, next(run.glob("step_*")), pem.read_bytes())
     process.kill()
     process.communicate()
-
-
-def connection_to(server):
-    if server.trust is None:
-        return http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    trust = ssl.create_default_context(cadata=server.trust.decode())
-    return http.client.HTTPSConnection("127.0.0.1", server.port, timeout=60, context=trust)
-
-
-def call(server, method, path, body=None, headers=KEY):
-    """Status, body, headers."""
-    connection = connection_to(server)
-    kind = {"Content-Type": "application/json"} if body is not None else {}
-    connection.request(method, path, None if body is None else json.dumps(body), kind | headers)
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    return answer.status, text, answer.headers
-
-
-def channel_of(server):
-    return grpc.secure_channel(server.grpc, grpc.ssl_channel_credentials(server.trust))
-
-
-def complete(server, prompt="The ", **asked):
-    status, text, _ = call(server, "POST", "/v1/completions", {"prompt": prompt, **asked})
-    return status, json.loads(text)
-
-
-def wanted(server, prompt="The ", **sampling):
-    """(tokens, text) of `generate`, all experts in one process."""
-    ids = [server.tok.document_id, *server.tok.encode(prompt)]
-    sampling = Sampling(**sampling)
-    made = generate(server.model, [ids], sampling, stop_id=server.tok.document_id)[0]
-    return made, server.tok.decode(made)
-
-
-def shards(server):
-    """Process ids of the ranks."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if server.mark.encode() in (place / "environ").read_bytes():
-                found[int(place.name)] = (place / "cmdline").read_bytes()
-        except OSError:  # it ended, or is somebody else's
-            continue
-    return [pid for pid, line in found.items() if b"ray::ExpertShard" in line]
 
 
 def test_it_says_where_it_is_and_how_to_ask(server):
@@ -268,6 +189,40 @@ def test_a_stream_outlives_a_rank(server):
     sampling = {"max_new_tokens": 120, "temperature": 0.9, "seed": 6}
     assert "".join(parts) == wanted(server, **sampling)[1] and events[-1] == "[DONE]"
     assert len(shards(server)) == 2 and shards(server) != before
+
+
+MIX = [
+    {"prompt": "x" * 3000, "max_tokens": 30, "temperature": 0},  # is read in two parts
+    {"prompt": "The ", "max_tokens": 60, "temperature": 0.9, "seed": 1},
+    {"prompt": "a", "max_tokens": 90, "temperature": 1.1, "seed": 2, "top_k": 20},
+    {"prompt": "of", "max_tokens": 45, "temperature": 0.7, "seed": 3, "top_p": 0.8},
+    {"prompt": "The ", "max_tokens": 120, "temperature": 0.9, "seed": 4},
+    {"prompt": "def ", "max_tokens": 7, "temperature": 0},
+]
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["in peace", "over a loss"])
+def test_every_text_of_a_mixed_batch_is_that_of_generate(server, kill):
+    """On two ranks; one is killed while all are being answered."""
+    body = {"prompt": "The ", "stream": True, "max_tokens": 150, "temperature": 0.9, "seed": 6}
+    with ThreadPoolExecutor(len(MIX)) as pool:
+        connection = connection_to(server)
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), kind | KEY)
+        answer = connection.getresponse()
+        calls = [pool.submit(complete, server, **asked) for asked in MIX]
+        answer.readline()
+        before = shards(server)
+        if kill:
+            os.kill(before[1], signal.SIGKILL)
+        answer.read()
+        connection.close()
+        texts = [one.result()[1]["choices"][0]["text"] for one in calls]
+    for asked, text in zip(MIX, texts, strict=True):
+        more = {"max_new_tokens": asked["max_tokens"]}
+        more |= {k: v for k, v in asked.items() if k in ("temperature", "seed", "top_k", "top_p")}
+        assert text == wanted(server, asked["prompt"], **more)[1]
+    assert (shards(server) != before) is kill
 
 
 def test_a_rank_that_dies_while_nobody_asks_is_found(server):

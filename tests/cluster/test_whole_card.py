@@ -20,8 +20,8 @@ from moe_router.serving.matrices import from_matrix, to_matrix
 from moe_router.serving.router_messages import snapshot_of
 from moe_router.serving.router_pb2_grpc import GenerationStub, RouterStub
 from moe_router.training.inference import load_for_inference
+from tests.cluster.serving_calls import GRPC_KEY, ROOTS, call, serving, start
 from tests.cluster.test_cli import marked
-from tests.cluster.test_serve import GRPC_KEY, ROOTS, call, serving, start
 from tests.cluster.test_submit import free_ports
 
 pytestmark = pytest.mark.timeout(240)

@@ -124,9 +124,13 @@ def test_steps_shrink_with_the_batch():
     assert sizes == [0, 8, 8, 1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("routing", [None, HALT, SKIP], ids=["plain", "halt", "skip"])
-def test_two_ranks_answer_as_one(routing):
-    one, other = run_ranks(2, two_ranks, routing)
+@pytest.mark.parametrize(
+    ("routing", "read"),
+    [(None, 1 << 30), (None, 3), (HALT, 5), (SKIP, 1 << 30)],
+    ids=["plain", "plain in parts", "halt in parts", "skip"],
+)
+def test_two_ranks_answer_as_one(routing, read):
+    one, other = run_ranks(2, two_ranks, routing, read)
     assert one.keys() == {0, 2, 3} and other.keys() == {1, 4}
     assert one | other == wanted(byte_model(routing=routing))
 

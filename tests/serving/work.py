@@ -63,9 +63,9 @@ def drive(decoder, admitted, passes, read=1 << 30):
     return made
 
 
-def two_ranks(rank, ranks, routing=None):
+def two_ranks(rank, ranks, routing=None, read=1 << 30):
     """Requests dealt unevenly; rank 1 has none in its first passes and in its last."""
     decoder = Decoder(byte_model(routing=routing), TOKENIZER.document_id)
     first, second, third, fourth, fifth = REQUESTS
     admitted = [{0: [first], 3: [third], 4: [fourth]}, {2: [second, fifth]}][rank]
-    return drive(decoder, admitted, 40)
+    return drive(decoder, admitted, 50, read)
