@@ -22,70 +22,29 @@ import argparse
 import asyncio
 import fnmatch
 import gc
-import itertools
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.contest import WrongResult, tell, why
 from benchmarks.results import Row, provenance, save
+from benchmarks.serving_answers import Answers, ask_all
 from benchmarks.serving_cases import CASES, Case, Words, least_ms, new_model, prompts_of
 from benchmarks.serving_peer import NAME, QUOTED, beside
 from benchmarks.timing import Deadline, copy_ceiling
 from moe_router.models import CausalLM, Sampling
 from moe_router.serving.engine import Engine
 from moe_router.serving.group import OneRank
-from moe_router.serving.requests import Ask, Request, Work
+from moe_router.serving.requests import Request, Work
 from moe_router.serving.scheduler import Limits
 
 GOALS = {1: 940.0, 16: 3000.0, 64: 9000.0, 256: 20000.0}
 READ = 8192  # prompt tokens of a pass
 NEAR = 0.1  # standard deviations
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Attributes:
-    tokens: of each stream.
-    began: when all asked, seconds.
-    at: when each token came, by stream.
-    """
-
-    tokens: list[list[int]]
-    began: float
-    at: list[list[float]]
-
-    def decode(self) -> tuple[float, float]:
-        """Tokens/s, and the slowest tenth's seconds between two tokens of a stream."""
-        first, last = max(times[0] for times in self.at), min(times[-1] for times in self.at)
-        made = sum(first < t <= last for times in self.at for t in times)
-        gaps = sorted(b - a for times in self.at for a, b in itertools.pairwise(times))
-        return made / (last - first), gaps[len(gaps) * 9 // 10]
-
-    def first(self) -> list[float]:
-        """Seconds to the first token, sorted."""
-        return sorted(times[0] - self.began for times in self.at)
-
-
-async def ask_all(engine: Engine, prompts: list[tuple[int, ...]], new: int) -> Answers:
-    """Every prompt is a client of its own."""
-
-    async def client(prompt: tuple[int, ...]) -> tuple[list[int], list[float]]:
-        tokens: list[int] = []
-        times: list[float] = []
-        async for piece in engine.stream(Ask(prompts=(prompt,), max_tokens=new, temperature=0.0)):
-            tokens += piece.tokens
-            times += [time.perf_counter()] * len(piece.tokens)
-        return tokens, times
-
-    began = time.perf_counter()
-    both = await asyncio.gather(*(client(prompt) for prompt in prompts))
-    return Answers([tokens for tokens, _ in both], began, [times for _, times in both])
 
 
 @torch.no_grad()

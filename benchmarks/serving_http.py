@@ -2,10 +2,11 @@
 
     python -m benchmarks.serving_http [--only PATTERN] [--rounds N] [--together S] [--save]
 
-N streams of equal length begin together, greedy, random weights and prompts. `http/CASE/streamsN`
-counts tokens from when the last of them has its first one until the first of them ends, as a client
-in a process of its own reads them from `/v1/completions`; `engine` is the same of `Engine.stream`
-in the server's process while nobody asks over HTTP. The two take turns, so that a busy machine is
+N streams of equal length begin together, greedy, random weights and prompts. `http/streamsN` of a
+tiny model, `http/middle/streamsN` of a larger one, counts tokens from when the last of them has its
+first one until the first of them ends, as a client in a process of its own reads them from
+`/v1/completions`; `engine` is the same of `Engine.stream` in the server's process while nobody asks
+over HTTP. The two take turns, so that a busy machine is
 busy for both, and `share` is the median of the rounds' shares. Server, engine and model share a
 process, whose torch has one thread: client and server have a core each. `goal` is 80% of `engine`.
 `cpu_us` and `engine_cpu_us` are the process's own seconds per token, and `cpu_share` their ratio:
@@ -29,7 +30,7 @@ import uvicorn
 
 from benchmarks.contest import WrongResult, tell, why
 from benchmarks.results import Row, provenance, save
-from benchmarks.serving import Answers, ask_all
+from benchmarks.serving_answers import Answers, ask_all, spread
 from benchmarks.serving_cases import CASES, Case, Words, new_model, prompts_of
 from moe_router.serving.engine import Engine
 from moe_router.serving.group import OneRank
@@ -81,14 +82,14 @@ async def one_stream(port: int, prompt: tuple[int, ...], new: int) -> tuple[str,
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
-    text, times = "", []
+    text, times = "", list[float]()
     while (line := await reader.readline()) != b"data: [DONE]\n":
         if not line:
             raise WrongResult("the server closed a stream before its end")
         if line.startswith(b"data: "):
             new_text = json.loads(line[6:])["choices"][0]["text"]
             text += new_text
-            times += [time.perf_counter()] * new_text.count(" ")
+            spread(times, new_text.count(" "))
     writer.close()
     await writer.wait_closed()
     return text, times
@@ -155,10 +156,10 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     origin = provenance("cuda" if torch.cuda.is_available() else "cpu")
-    for kind in ("http_tiny", "http_middle"):
+    for kind, prefix in (("http_tiny", "http"), ("http_middle", "http/middle")):
         case = CASES[kind]
         for streams in case.streams:
-            name = f"http/{kind.removeprefix('http_')}/streams{streams}"
+            name = f"{prefix}/streams{streams}"
             if not fnmatch.fnmatch(name, args.only):
                 continue
             try:
