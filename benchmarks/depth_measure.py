@@ -50,7 +50,7 @@ def executed(model: Model, config: Config, batches: list[Batch]) -> Executed:
         ran: dict[int, Tensor] = {}
         context = Context(ledger=ledger, observe=_note(ran))
         model(batch.ids_T, batch.position_T, batch.offsets_B1, context=context)
-        each.append(_flops_of_tokens(config, batch.offsets_B1, ran).cpu())
+        each.append(_flops_of_tokens(config, batch.offsets_B1, ran))
     flops_T = torch.cat(each)
     by_op = ledger.by_op()
     counted = sum(by_op[op][0] for op in ("attention", "mlp") if op in by_op)
@@ -77,7 +77,9 @@ def _note(ran: dict[int, Tensor]) -> Callable[[int, Choice, Plan], None]:
 
 
 def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: dict[int, Tensor]) -> Tensor:
-    """(T,) int64. `ran` says which tokens the feed-forward of a block computed; not in it: all."""
+    """(T,) int64, on the host. `ran` says which tokens the feed-forward of a block computed; not in
+    it: all."""
+    offsets_B1 = offsets_B1.cpu()
     model, T = config.model, int(offsets_B1[-1])
     sequence_T = reference.sequence_of(offsets_B1, T)
     all_T = torch.ones(T, dtype=torch.bool)

@@ -141,6 +141,13 @@ def test_flops_of_tokens_are_those_of_the_ledger_and_a_wrong_count_is_caught(fol
                 depth_measure.executed(trainer.model, other, [batch])
 
 
+@pytest.mark.gpu
+def test_a_row_on_a_gpu(folder):
+    rows = run(folder, "--only", "fashion/prune/0.6,fashion/prune/0.6/equal", "--device", "cuda")
+    ours = rows["fashion/prune/0.6"]
+    assert ours["flops_speedup"] > 1.2 and ours["many"]["speedup"] > 0
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_the_equal_model_executes_as_much(folder, share):
     files = files_of("fashion", folder / "fashion", folder / "runs")
