@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.attention_controls import LinearAttention
 from benchmarks.contest import tell, why
 from benchmarks.timing import Run, capture
 from moe_router.models import CausalLM
+from moe_router.models.attention import Attention
 from moe_router.models.packing import Packing
 
 NONE = -100  # a target that does not count
+DENSE = 4  # one step in so many, the first ones, is dense: who chooses has learned nothing yet
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 """By step: (R, n) ids, and the token wanted after each, or NONE."""
 
@@ -37,6 +40,11 @@ class Learner:
         bounds = torch.arange(rows + 1, dtype=torch.int32) * length
         self.packing = Packing(bounds, device)
         self.loss = torch.zeros((), device=device)
+        self._routed = [
+            (module, module.routed)
+            for module in model.modules()
+            if isinstance(module, Attention) and not isinstance(module, LinearAttention)
+        ]
 
     def logits(self) -> Tensor:
         """(R, n, V) for the ids that were read last."""
@@ -52,19 +60,29 @@ class Learner:
         for held, new in zip((self.ids_RN, self.target_RN), batch, strict=True):
             held.copy_(new)
 
-    def train(self, batch: Batch, steps: int, warmup: int) -> None:
+    def train(self, batch: Batch, steps: int, warmup: int, dense: int = 0) -> None:
+        """Args:
+        warmup: steps in which the rate comes up.
+        dense: first steps, in which what is routed attends to everything.
+        """
         self.model.train()
         run: Run = self._step
         for step in range(steps):
+            if step in (0, dense):
+                self._attend_to_all(step < dense)
             # up in a line, down to a tenth by a cosine
             down = torch.pi * min(1.0, max(0, step - warmup) / max(1, steps - warmup))
             share = 0.55 + 0.45 * float(torch.cos(torch.tensor(down)))
             self.lr.fill_(self.highest * min(1.0, (step + 1) / warmup) * share)
             self.read(batch(step))
-            if step == 0 and self.device.type == "cuda":
+            if step in (0, dense) and self.device.type == "cuda":
                 run = self._graphed()
             else:
                 run()
+
+    def _attend_to_all(self, all_: bool) -> None:
+        for attention, routed in self._routed:
+            attention.routed = None if all_ else routed
 
     def _graphed(self) -> Run:
         """Take one step, and have the others as a graph."""

@@ -3,9 +3,9 @@
     python -m benchmarks.attention_quality --data enwik8.xz --save --seconds 200 --device cuda
 
 A causal model of bytes; who attends to what is said in `benchmarks.attention_controls`. Equal
-steps, batches and seeds for all. Bits per byte of held-out rows; `retained` is the dense model's
-over a row's own. Each seed is saved when it is done, all rows of the first seed before the second;
-a later run goes on.
+steps, batches and seeds for all; the first quarter of the steps is dense, but for `linear`. Bits
+per byte of held-out rows. Each seed is saved when it is done, all rows of the first seed before the
+second; a later run goes on. `benchmarks.attention_table` shows them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import by_seed
 from benchmarks.attention_controls import NAMES, make_model
-from benchmarks.attention_learner import Learner
+from benchmarks.attention_learner import DENSE, Learner
 from benchmarks.results import Row, provenance
 from benchmarks.timing import Deadline
 from moe_router import Context, Ledger
@@ -66,7 +66,7 @@ def quality(text: Text, name: str, seed: int, steps: int, batches: int, device: 
     learner = Learner(model, text.rows, text.length, lr=LR, device=torch.device(device))
     generator = torch.Generator().manual_seed(seed)
     began = time.perf_counter()
-    learner.train(lambda _: text.batch(generator), steps, WARMUP)
+    learner.train(lambda _: text.batch(generator), steps, WARMUP, steps // DENSE)
     trained = time.perf_counter() - began
     loss, _ = learner.held_out(batches, text.held_out)
     return {

@@ -6,7 +6,8 @@ A row is n / 2 random tokens, and then the same again, cut into passages of 128 
 is random: where a passage comes from is known by its content alone. What counts is the accuracy in
 the second half but for the first four tokens of a passage, by which it is recognised. Two layers;
 who attends to what is said in `benchmarks.attention_controls`. Equal steps, batches and seeds for
-all. Each seed is saved when it is done; a later run goes on.
+all; the first quarter of the steps is dense, but for `linear`. Each seed is saved when it is done;
+a later run goes on.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import by_seed
 from benchmarks.attention_controls import NAMES, make_model
-from benchmarks.attention_learner import NONE, Learner
+from benchmarks.attention_learner import DENSE, NONE, Learner
 from benchmarks.results import provenance
 from benchmarks.timing import Deadline
 
@@ -61,7 +62,7 @@ def recall(task: Task, name: str, seed: int, steps: int, device: str) -> float:
     where = torch.device(device)
     learner = Learner(model, task.rows, task.tokens, lr=LR, device=where)
     generator = torch.Generator().manual_seed(seed)
-    learner.train(lambda _: task.batch(generator), steps, WARMUP)
+    learner.train(lambda _: task.batch(generator), steps, WARMUP, steps // DENSE)
     return learner.held_out(4, lambda _: task.batch(generator))[1]
 
 

@@ -103,6 +103,20 @@ def test_no_variant_looks_ahead_and_each_learns(name):
     assert loss < 2.9 and accuracy > 0.08  # log 20 is 3.0
 
 
+@pytest.mark.parametrize("name", ["ours", "clusters", "linear"])
+def test_training_begins_dense_but_for_linear_attention(name):
+    learner = Learner(make_model(name, SIZES, 64, 16, 1, 20, 0), 2, 64, lr=0.01, device=CPU)
+    attention, seen = learner.model.blocks[0].attention, []
+    task, generator = Task(64, 2, 16, 20), torch.Generator().manual_seed(0)
+
+    def batch(step):
+        seen.append(attention.routed is None)
+        return task.batch(generator)
+
+    learner.train(batch, 4, 1, 2)
+    assert seen == [name != "linear"] * 2 + [False] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_one_graph_that_learns_as_its_launches_do(name, monkeypatch):
@@ -113,7 +127,7 @@ def test_a_step_is_one_graph_that_learns_as_its_launches_do(name, monkeypatch):
         model = make_model(name, SIZES | {"dim": 64}, 256, 16, 1, 50, 0)
         learner = Learner(model, 2, 256, lr=0.01, device=torch.device("cuda"))
         generator = torch.Generator().manual_seed(0)
-        learner.train(lambda _, g=generator: task.batch(g), 20, 2)
+        learner.train(lambda _, g=generator: task.batch(g), 20, 2, 5)
         losses.append(float(learner.loss))
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
