@@ -25,9 +25,9 @@ RANKS = (2, 8, 16, 64, 256, 1024)
 PROBLEM = Problem(tokens=4096, top_k=8, experts=256, ranks=2, dim=7168, itemsize=2)
 FACTOR = 2.0
 HIDDEN = 2048  # width of an expert
-# inside a machine: rounded from the baselines of two H200 by NCCL, and for peer memory from what its
-# kernels are predicted to do; the network is 400 Gb/s a GPU at 90%. None of it was measured by this
-# project's own transports on GPUs
+# inside a machine: rounded from the baselines of two H200 by NCCL, and for peer memory from what
+# its kernels are predicted to do; the network is 400 Gb/s a GPU at 90%. Transports of this project
+# have measured none of it
 MACHINE = Link(
     2, "cuda",
     {
