@@ -112,6 +112,8 @@ def test_what_is_eased_comes_down_from_1():
 @pytest.mark.parametrize(
     ("routing", "message"),
     [
+        ({"kind": "skip", "keep": 0.0}, "routing.keep=0.0: want 0 < keep <= 1"),
+        ({"kind": "skip", "keep": 1.5}, "routing.keep=1.5: want 0 < keep <= 1"),
         ({"kind": "skip", "budget": 0.5}, "routing.budget=0.5: want null, and cost_loss 0: keep"),
         (HALT | {"budget": 0.0}, r"routing.budget=0.0: want 0 < budget <= 1, or null"),
         (HALT | {"budget_rate": 0.0}, "routing.budget_rate=0.0: want above 0"),
@@ -122,3 +124,8 @@ def test_what_is_eased_comes_down_from_1():
 def test_a_bad_config_is_one_line(routing, message):
     with pytest.raises(ConfigError, match=message):
         RoutingConfig(**routing)
+
+
+def test_a_block_beyond_the_model_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.routing\.first=4: want "):
+        small_model(None, routing=RoutingConfig(kind="skip", first=4), layers=4)
