@@ -42,7 +42,7 @@ class Count:
 
     Attributes:
         descriptors, sockets: of this process and those of Ray that stay.
-        shared: names in /dev/shm.
+        shared: names in /dev/shm, but for those that processes of others on this machine use.
     """
 
     processes: int
@@ -60,7 +60,7 @@ class Count:
             len(below),
             sum(map(len, links)),
             sum(link.startswith("socket:") for of in links for link in of),
-            frozenset(os.listdir("/dev/shm")),
+            frozenset(os.listdir("/dev/shm")) - _mapped({me.pid, *(p.pid for p in below)}),
         )
 
 
@@ -72,6 +72,20 @@ def _links(pid: int) -> list[str]:
             found.append(os.readlink(each))
         except FileNotFoundError:
             continue  # closed meanwhile, as is the one that lists them
+    return found
+
+
+def _mapped(ours: set[int]) -> set[str]:
+    """Names in /dev/shm that some process has mapped which is none of ours."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        if int(folder.name) in ours:
+            continue
+        try:
+            lines = (folder / "maps").read_text().splitlines()
+        except OSError:
+            continue  # it has ended meanwhile
+        found |= {Path(line.split()[5]).name for line in lines if " /dev/shm/" in line}
     return found
 
 
