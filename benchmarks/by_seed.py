@@ -1,11 +1,22 @@
 """Rows that are made a seed at a time: a run that was cut short goes on where it stopped."""
 
+import argparse
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import results
 from benchmarks.results import Row, save
+
+
+def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """What every benchmark by seed is told."""
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default=";".join(names), help="variants, by semicolons")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--save", action="store_true")
 
 
 def saved(file: str, device: str) -> dict[str, Row]:

@@ -9,10 +9,17 @@ from moe_router.errors import ConfigError
 from moe_router.models import KVCache
 from moe_router.types import NoiseKey
 from moe_router_kernels.reference_attention import cluster_mask
+from tests.models.attention_checks import (
+    LENGTHS,
+    VOCAB,
+    check_causality,
+    check_each_sequence_alone,
+    check_leaving_and_joining,
+    check_prefill_then_decode,
+    logits,
+)
 from tests.models.helpers import packed, small_model
 
-VOCAB = 64
-LENGTHS = [37, 1, 0, 22, 9]
 HOW = {"select": "clusters", "block": 4, "clusters": 3, "window": 3, "global_tokens": 2}
 VARIANTS = {
     "clusters": {},
@@ -27,11 +34,6 @@ VARIANTS = {
 def model_with(attention=None, **model):
     how = AttentionConfig(kind="routed", **HOW | {"router": "linear"} | (attention or {}))
     return small_model(attention=how, vocab=VOCAB, **model).eval()
-
-
-def logits(model, *batch, **more):
-    with torch.no_grad():
-        return model(*batch, **more).logits_TV
 
 
 def clustered(model):
@@ -58,56 +60,23 @@ def test_executed_equals_masked_in_values_and_gradients(name, training):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_batch_composition_does_not_matter(name):
-    model, (ids, position, offsets) = model_with(VARIANTS[name]), packed(LENGTHS, vocab=VOCAB)
-    together = logits(model, ids, position, offsets)
-    for a, b in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
-        alone = logits(model, ids[a:b], position[a:b], torch.tensor([0, b - a]))
-        torch.testing.assert_close(together[a:b], alone, rtol=1e-4, atol=1e-4)
+    check_each_sequence_alone(model_with(VARIANTS[name]))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_later_token_changes_nothing_before_it(name, training):
-    model = model_with(VARIANTS[name]).train(training)
-    ids, position, offsets = packed([48], vocab=VOCAB)
-    before = logits(model, ids, position, offsets)
-    for cut in (5, 18, 31, 44):
-        other = torch.cat([ids[:cut], ids[cut:].flip(0)])
-        after = logits(model, other, position, offsets)
-        torch.testing.assert_close(after[:cut], before[:cut], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(after[cut:], before[cut:])
+    check_causality(model_with(VARIANTS[name]).train(training))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("prompts, page", [([0] * 5, 64), ([36, 1, 0, 5, 8], 4)])
 def test_prefill_then_decode_is_one_pass(name, prompts, page):
-    model, (ids, position, offsets) = model_with(VARIANTS[name]), packed(LENGTHS, vocab=VOCAB)
-    wanted = logits(model, ids, position, offsets)
-    cache = KVCache(3, len(LENGTHS), page=page)
-    got = torch.full_like(wanted, torch.nan)
-    done = [0] * len(LENGTHS)
-    for step in [prompts, *[[1] * 5] * 7, *[[4] * 5] * 10]:
-        new = [min(n, length - at) for n, length, at in zip(step, LENGTHS, done, strict=True)]
-        token = torch.cat([torch.arange(n) + int(offsets[b]) + done[b] for b, n in enumerate(new)])
-        token, bounds = token.long(), torch.tensor([0, *new]).cumsum(0).int()
-        got[token] = logits(model, ids[token], position[token], bounds, cache=cache)
-        done = [at + n for at, n in zip(done, new, strict=True)]
-    assert done == LENGTHS
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    check_prefill_then_decode(model_with(VARIANTS[name]), prompts, page)
 
 
 def test_sequences_leave_and_join_the_cache():
-    model, cache = model_with({"gated": True}), KVCache(3, 2)
-    ids, position, _ = packed([40], vocab=VOCAB)
-    wanted = logits(model, ids, position, torch.tensor([0, 40]))
-    feed = torch.cat([ids[:5], ids[:21]])
-    where = torch.cat([position[:5], position[:21]])
-    logits(model, feed, where, torch.tensor([0, 5, 26]), cache=cache)
-    cache.keep(torch.tensor([1]))
-    cache.join(1)
-    feed, where = torch.cat([ids[21:30], ids[:30]]), torch.cat([position[21:30], position[:30]])
-    got = logits(model, feed, where, torch.tensor([0, 9, 39]), cache=cache)
-    torch.testing.assert_close(got, torch.cat([wanted[21:30], wanted[:30]]), rtol=1e-4, atol=1e-4)
+    check_leaving_and_joining(model_with({"gated": True}))
 
 
 def test_the_ledger_counts_the_pairs_of_the_mask():
