@@ -11,6 +11,7 @@ from moe_router.models.attend_cached import Part
 from moe_router.models.attend_clustered import ClusteredAttention
 from moe_router.models.attend_routed import Chosen, Executed
 from moe_router.models.attend_slots import AT_ONCE, attend_slots
+from moe_router.models.block_memory import rows_of
 from moe_router.models.kv_cache import LayerCache
 from moe_router.models.packing import Packing
 from moe_router.models.rope import Turn
@@ -39,7 +40,8 @@ class ClusterMemory:
         B, longest = len(lengths), max(lengths, default=0)
         for name, new_TJ in zip(("cluster_BNJ", "weight_BNJ"), clusters[:2], strict=True):
             held = getattr(self, name)
-            if held.size(0) != B or held.size(1) < longest:
+            met = held.size(2) == new_TJ.size(1)  # some step has met tokens
+            if not met or held.size(0) != B or held.size(1) < longest:
                 wide = held.size(1) if held.size(1) >= longest else max(longest, 2 * held.size(1))
                 more = new_TJ.new_zeros(B, wide, new_TJ.size(1))
                 if held.numel():
@@ -48,9 +50,10 @@ class ClusterMemory:
             held[sequence_T, slot_T] = new_TJ.detach()
             setattr(self, name, held)
 
-    def keep(self, row_B: Tensor) -> None:
+    def keep(self, row_B: Tensor, rows: Sequence[int]) -> None:
         """Hold only these sequences, in that order."""
-        self.cluster_BNJ, self.weight_BNJ = self.cluster_BNJ[row_B], self.weight_BNJ[row_B]
+        self.cluster_BNJ = rows_of(self.cluster_BNJ, row_B, rows)
+        self.weight_BNJ = rows_of(self.weight_BNJ, row_B, rows)
 
 
 class CachedClusteredAttention:

@@ -44,23 +44,34 @@ class BlockMemory:
         self.target_BJK = self.target_BJK.index_copy(0, row_R, target_RJK)
         self.weight_BJK = self.weight_BJK.index_copy(0, row_R, weight_RJK.detach())
 
-    def keep(self, row_B: Tensor) -> None:
+    def keep(self, row_B: Tensor, rows: Sequence[int]) -> None:
         """Hold only these sequences, in that order."""
-        self.sum_BNJC, self.target_BJK, self.weight_BJK = (
-            x[row_B] for x in (self.sum_BNJC, self.target_BJK, self.weight_BJK)
-        )
+        self.sum_BNJC = rows_of(self.sum_BNJC, row_B, rows)
+        self.target_BJK = rows_of(self.target_BJK, row_B, rows, empty=-1)
+        self.weight_BJK = rows_of(self.weight_BJK, row_B, rows)
 
     def _make_room(self, sequences: int, blocks: int, like_TJC: Tensor, top_k: int) -> None:
         """For sequences that joined, and for blocks that begin."""
         _, J, C = like_TJC.shape
         held, wide = self.sum_BNJC.shape[:2]
-        if held == sequences and wide >= blocks:
+        met = self.sum_BNJC.size(2) == J  # some step has met tokens
+        if met and held == sequences and wide >= blocks:
             return
         wide = wide if wide >= blocks else max(blocks, 2 * wide)
         sums = like_TJC.new_zeros(sequences, wide, J, C)
         target = torch.full((sequences, J, top_k), -1, dtype=torch.int32, device=sums.device)
         weight = sums.new_zeros(sequences, J, top_k)
-        if held:
+        if met:
             sums[:held, : self.sum_BNJC.size(1)] = self.sum_BNJC
             target[:held], weight[:held] = self.target_BJK, self.weight_BJK
         self.sum_BNJC, self.target_BJK, self.weight_BJK = sums, target, weight
+
+
+def rows_of(x_B: Tensor, row_B: Tensor, rows: Sequence[int], empty: int = 0) -> Tensor:
+    """What is remembered of these sequences; `empty` for those that no step has met since they
+    joined. row_B and rows are the same, on the device and on the host."""
+    missing = max(rows, default=-1) + 1 - x_B.size(0)
+    if missing > 0:
+        room = x_B.new_full((missing, *x_B.shape[1:]), empty, device=row_B.device)
+        x_B = torch.cat([x_B.to(row_B.device), room])
+    return x_B[row_B]

@@ -39,6 +39,6 @@ class Cache(Protocol):
 class Memory(Protocol):
     """What routed attention keeps beside the keys and values of a layer."""
 
-    def keep(self, row_B: Tensor) -> None:
-        """Hold only these sequences, in that order."""
+    def keep(self, row_B: Tensor, rows: Sequence[int]) -> None:
+        """Hold only the sequences `rows`, in that order; row_B is the same on the device."""
         ...

@@ -187,9 +187,11 @@ class LayerCache:
         self.lengths = [self.lengths[row] for row in rows]
         self._pages = [self._pages[row] for row in rows]
         self._host_BM = self._host_BM[list(rows)]
-        self.length_B, self.table_BM = self.length_B[row_B], self.table_BM[row_B]
+        self.length_B = self.length_B[row_B]
+        if not self._new:  # else the next step brings it whole
+            self.table_BM = self.table_BM[row_B]
         if self.memory is not None:
-            self.memory.keep(row_B)
+            self.memory.keep(row_B, rows)
 
     def join(self, sequences: int) -> None:
         """Hold so many more sequences, empty ones, after those that are here."""

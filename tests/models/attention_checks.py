@@ -62,3 +62,13 @@ def check_leaving_and_joining(model):
     feed, where = torch.cat([ids[21:30], ids[:30]]), torch.cat([position[21:30], position[:30]])
     got = logits(model, feed, where, torch.tensor([0, 9, 39]), cache=cache)
     torch.testing.assert_close(got, torch.cat([wanted[21:30], wanted[:30]]), rtol=1e-4, atol=1e-4)
+    cache.join(2)
+    cache.keep(torch.tensor([3, 1]))  # one leaves before a step has met it, one is kept
+    feed, where = torch.cat([ids[:7], ids[30:34]]), torch.cat([position[:7], position[30:34]])
+    got = logits(model, feed, where, torch.tensor([0, 7, 11]), cache=cache)
+    torch.testing.assert_close(got, torch.cat([wanted[:7], wanted[30:34]]), rtol=1e-4, atol=1e-4)
+    none, begun = KVCache(3, 2), torch.tensor([0, 3])
+    logits(model, ids[:0], position[:0], torch.tensor([0, 0, 0]), cache=none)
+    none.keep(torch.tensor([1]))
+    got = logits(model, ids[:3], position[:3], begun, cache=none)
+    torch.testing.assert_close(got, wanted[:3], rtol=1e-4, atol=1e-4)
