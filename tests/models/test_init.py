@@ -12,7 +12,7 @@ from moe_router.placement import Placement
 class Rank:
     """As much of a dispatcher as building a model takes."""
 
-    place = Dispatcher.place
+    place, total = Dispatcher.place, Dispatcher.total
 
     def __init__(self, rank, ranks):
         self.rank, self.ranks = rank, ranks

@@ -198,7 +198,8 @@ def test_calls_at_once_are_bounded(monkeypatch):
 
     asked, later = asyncio.run(go())
     refused = [each for each in asked if isinstance(each, grpc.aio.AioRpcError)]
-    assert {each.code() for each in refused} <= {Code.RESOURCE_EXHAUSTED}
+    # of one connection HTTP/2 refuses more streams, if it comes to that before the server does
+    assert {each.code() for each in refused} <= {Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE}
     assert later.ok and len(asked) - len(refused) >= 4
 
 
