@@ -31,6 +31,7 @@ def test_one_offline_file_for_every_kind_of_run(make_run, fields):
     assert islands and all(json.loads(island) for island in islands)
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_small(make_run):
     page = write_report(make_run(steps=20_000, layers=1, load_every=100)).read_text()
     assert len(page) < 3_000_000
