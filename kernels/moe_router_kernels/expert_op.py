@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_router_kernels.choose import uses_triton
-from moe_router_kernels.operation import operation
+from moe_router_kernels.operation import operation, unheard
 from moe_router_kernels.plan_op import plan_from_ids
 from moe_router_kernels.tiles import Few, is_few
 
@@ -156,8 +156,7 @@ def _backward(ctx: Any, grad_TD: Tensor | None, _: Any) -> tuple[Tensor | None, 
 def _is_last(pre_RF: Tensor) -> bool:
     """Whether nothing reads the pre-activations after this backward pass, and nothing traces it."""
     keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-    traced = type(pre_RF) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
-    return not keeps and not traced
+    return not keeps and unheard((pre_RF,))
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_keep)

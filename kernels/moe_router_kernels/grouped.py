@@ -295,11 +295,11 @@ def cut(offsets_G1: Tensor, rows: int, m: int) -> Rows:
     return Rows(rows, offsets_G1, group_N, row_N, used, m)
 
 
-def _programs(device: torch.device, tile: Tile) -> int:
-    """`together` for each multiprocessor: they take tiles until none is left."""
+def _programs(device: torch.device) -> int:
+    """One for each multiprocessor: they take tiles until none is left."""
     if device.type != "cuda":
         return 4  # the interpreter runs them one after another
-    return tile.together * torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rows_times_groups(
@@ -350,14 +350,13 @@ def rows_times_groups(
     if a.device.type == "cuda":
         triton.set_allocator(scratch)
     none = out
-    programs = _programs(a.device, tile)
-    _rows_kernel[(programs,)](
+    _rows_kernel[(_programs(a.device),)](
         a, none if src_R is None else src_R, w,
         rows.offsets_G1, rows.group_N, rows.row_N, rows.used,
         out, none if act is None else act, none if pre_RF is None else pre_RF,
         none if weight_R is None else weight_R, none if dot is None else dot,
         G, R, K, N, a.stride(0),
-        PROGRAMS=programs, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        PROGRAMS=_programs(a.device), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         GROUP_M=tile.band, GATHER=src_R is not None, BACKWARD=backward,
         EPILOGUE=epilogue, KEEP=keep, FLATTEN=tile.flatten,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
@@ -388,7 +387,7 @@ def group_weights(
     G, M, N = offsets_G1.numel() - 1, a.size(1), b.size(1)
     out = a.new_empty((G, N, M) if transposed else (G, M, N), dtype=dtype)
     count = G * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
-    programs = min(count, _programs(a.device, tile))
+    programs = min(count, _programs(a.device))
     if a.device.type == "cuda":
         triton.set_allocator(scratch)
     _weights_kernel[(programs,)](

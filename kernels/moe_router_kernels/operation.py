@@ -23,7 +23,7 @@ class Operation(Generic[R]):
         self.register_autograd = self.op.register_autograd
 
     def __call__(self, *args: Any) -> R:
-        if torch.compiler.is_compiling() or not _unheard(args):
+        if torch.compiler.is_compiling() or not unheard(args):
             result: R = self.op(*args)
             return result
         return self.body(*args)
@@ -38,7 +38,7 @@ def operation(name: str) -> Callable[[Callable[..., R]], Operation[R]]:
     return wrap
 
 
-def _unheard(args: tuple[Any, ...]) -> bool:
+def unheard(args: tuple[Any, ...]) -> bool:
     """Whether neither autograd, nor a mode, nor a transform has a part in a call."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False

@@ -16,8 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """The shape of a tile, tiles of M that share a band, the pipeline, and how many programs share
-    a multiprocessor, so that the end of one's tile runs beside the products of another's."""
+    """The shape of a tile, tiles of M that share a band, and the pipeline."""
 
     m: int = 128
     n: int = 128
@@ -26,7 +25,6 @@ class Tile:
     warps: int = 8
     stages: int = 3
     flatten: bool = False
-    together: int = 1
 
 
 @dataclass(frozen=True, slots=True)
