@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import ceil_div, next_power_of_2
+
 
 @triton.jit
 def _find_kernel(  # type: ignore[no-untyped-def]
@@ -33,7 +36,8 @@ def find_ranks(
     rank_TK, slot_TK = torch.empty_like(target_TK), torch.empty_like(target_TK)
     R = target_TK.numel()
     if R:
-        _find_kernel[(triton.cdiv(R, 1024),)](
+        launch(
+            _find_kernel, (ceil_div(R, 1024),),
             target_TK, planned_TK, copies_E, rank_EC, slot_EC, rank_TK, slot_TK, R,
             rank_EC.size(1), first_token, K=target_TK.size(1), BLOCK=1024,
         )  # fmt: skip
@@ -111,9 +115,10 @@ def lay_out(
     packed_RP = rank_TK.new_empty(rows, bits.size(1) + K)
     told = rank_TK.new_zeros(())
     block_t = 512  # few, so that the last one soon has counted the tokens before it
-    _lay_out_kernel[(W, max(1, triton.cdiv(T, block_t)))](
+    launch(
+        _lay_out_kernel, (W, max(1, ceil_div(T, block_t))),
         rank_TK, slot_TK, bits, bound_W, src_R, row_TW, packed_RP, told, T, W=W, K=K,
-        K_PAD=triton.next_power_of_2(max(K, 1)), WORDS=words, BLOCK_T=block_t,
+        K_PAD=next_power_of_2(max(K, 1)), WORDS=words, BLOCK_T=block_t,
         num_warps=8,
     )  # fmt: skip
     return src_R, row_TW, packed_RP, told

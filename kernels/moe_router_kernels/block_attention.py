@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from moe_router_kernels.attention_kernels import _forward_kernel, _keys_kernel, _queries_kernel
+from moe_router_kernels.launch import launch
 from moe_router_kernels.scratch import scratch
 
 LOG2_E = 1.4426950408889634  # exponentials are to base 2
@@ -101,7 +102,8 @@ def forward(
     out, lse_HT = torch.empty_like(q_THd), torch.empty(H, T, device=q_THd.device)
     if N and H and K:
         heads, tile = _cut("forward", tiles, q_THd, J, block)
-        _forward_kernel[(N * (H // J // heads), J)](
+        launch(
+            _forward_kernel, (N * (H // J // heads), J),
             q_THd, k_TJd, v_TJd, *lists, out, lse_HT, T, H, J, K, d**-0.5 * LOG2_E,
             HEADS=heads, num_warps=tile.warps, num_stages=tile.stages,
             **_how(q_THd, lists, block, causal),
@@ -133,7 +135,8 @@ def grad_queries(
     grad_q, dot_HT = torch.empty_like(q_THd), torch.empty_like(kept.lse_HT)
     grad_gate = lists.gate_NJK.new_zeros(N, J, parts, K if lists.gate_NJK.numel() else 0)
     if N and H and K:
-        _queries_kernel[(N * parts, J)](
+        launch(
+            _queries_kernel, (N * parts, J),
             q_THd, kept.k_TJd, kept.v_TJd, *lists, kept.out_THd, kept.lse_HT, kept.grad_THd,
             kept.grad_HT, dot_HT, grad_q, grad_gate, T, H, J, K, d**-0.5 * LOG2_E,
             HEADS=heads, num_warps=tile.warps, num_stages=tile.stages,
@@ -151,7 +154,8 @@ def grad_keys(
     _, tile = _cut("keys", tiles, q_THd, max(J, 1), block)
     grads = torch.empty_like(kept.k_TJd), torch.empty_like(kept.v_TJd)
     if N and H:
-        _keys_kernel[(N, J)](
+        launch(
+            _keys_kernel, (N, J),
             q_THd, kept.k_TJd, kept.v_TJd, lists.first_N, lists.last_N, *groups, kept.lse_HT,
             kept.grad_THd, dot_HT, *grads, T, H, J, d**-0.5 * LOG2_E,
             GROUP=H // J, num_warps=tile.warps, num_stages=tile.stages,

@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import next_power_of_2
+
 
 @triton.jit
 def _means_kernel(  # type: ignore[no-untyped-def]
@@ -37,9 +40,10 @@ def block_means(
     N, (_, H, d) = first_N.numel(), x_THd.shape
     mean_NJd = torch.empty(N, kv_heads, d, device=x_THd.device)
     if N and H:
-        _means_kernel[(N, kv_heads)](
+        launch(
+            _means_kernel, (N, kv_heads),
             x_THd.contiguous(), first_N, last_N, mean_NJd, kv_heads,
-            D=d, D_PAD=triton.next_power_of_2(d), BLOCK=triton.next_power_of_2(block),
+            D=d, D_PAD=next_power_of_2(d), BLOCK=next_power_of_2(block),
             GROUP=H // kv_heads,
         )  # fmt: skip
     return mean_NJd
@@ -133,10 +137,11 @@ def route_blocks(
     query_JNd, key_JNd = torch.empty(2, J, N, d, device=q_THd.device)
     if N and J:
         group = H // J
-        _summaries_kernel[(N, J)](
+        launch(
+            _summaries_kernel, (N, J),
             q_THd.contiguous(), k_TJd.contiguous(), first_N, last_N, query_JNd, key_JNd, N, J,
-            d**-0.5, D=d, D_PAD=triton.next_power_of_2(d), BLOCK=triton.next_power_of_2(block),
-            GROUP=group, GROUP_PAD=triton.next_power_of_2(group), CAUSAL=causal,
+            d**-0.5, D=d, D_PAD=next_power_of_2(d), BLOCK=next_power_of_2(block),
+            GROUP=group, GROUP_PAD=next_power_of_2(group), CAUSAL=causal,
         )  # fmt: skip
     score_NJN = torch.bmm(query_JNd, key_JNd.transpose(1, 2)).transpose(0, 1)
     bounds = (own_N, low_N, high_N, first_N, last_N)
@@ -154,8 +159,9 @@ def _chosen(
     target_MJK = torch.empty(M, J, k, dtype=torch.int32, device=score_MJN.device)
     count_MJ2 = target_MJK.new_empty(M, J, 2) if counts else target_MJK
     if M and N and J and k:
-        padded = triton.next_power_of_2(max(N, k))
-        _choose_kernel[(M, J)](
+        padded = next_power_of_2(max(N, k))
+        launch(
+            _choose_kernel, (M, J),
             score_MJN, *bounds, *(() if counts else bounds[:2]), target_MJK, count_MJ2,
             score_MJN.stride(0), score_MJN.stride(1), J, k, window, block,
             N_PAD=padded, CAUSAL=causal, COUNT=counts,

@@ -6,6 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import next_power_of_2
+
 
 @triton.jit
 def _rms_logit_kernel(  # type: ignore[no-untyped-def]
@@ -31,8 +34,9 @@ def rms_logit(x_TD: Tensor, weight_1D: Tensor, bias: Tensor, eps: float) -> Tens
     T, D = x_TD.shape
     logit_T = torch.empty(T, device=x_TD.device)
     if T:
-        block = min(2048, triton.next_power_of_2(D))
-        _rms_logit_kernel[(T,)](
+        block = min(2048, next_power_of_2(D))
+        launch(
+            _rms_logit_kernel, (T,),
             x_TD, weight_1D.contiguous(), bias, logit_T, D, x_TD.stride(0), eps, BLOCK=block,
             num_warps=4,
         )  # fmt: skip

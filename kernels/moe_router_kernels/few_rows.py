@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import ceil_div, next_power_of_2
 from moe_router_kernels.tiles import Few
 
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -107,15 +109,17 @@ def forward(
     ids = none if ids_TK is None else ids_TK
     src_R, _, offsets_G1, row_TK = plan or (none, none, none, none)
     act_RF, out_TD = x_TD.new_empty(T * K, F), torch.empty_like(x_TD)
-    pad = triton.next_power_of_2(G)
-    _up_kernel[(triton.cdiv(F, few.rows), T * K)](
+    pad = next_power_of_2(G)
+    launch(
+        _up_kernel, (ceil_div(F, few.rows), T * K),
         x_TD, ids, src_R, gate_up, offsets_G1, act_RF, G, F, D, K,
         PLANNED=planned, G_PAD=pad, ROWS=few.rows,
-        BLOCK_D=min(few.span, triton.next_power_of_2(D)), num_warps=few.warps,
+        BLOCK_D=min(few.span, next_power_of_2(D)), num_warps=few.warps,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(D, few.rows), T)](
+    launch(
+        _down_kernel, (ceil_div(D, few.rows), T),
         act_RF, down, ids, offsets_G1, row_TK, weight_TK, out_TD, G, F, D,
         PLANNED=planned, K=K, G_PAD=pad, ROWS=few.rows,
-        BLOCK_F=min(few.span, triton.next_power_of_2(F)), num_warps=few.warps,
+        BLOCK_F=min(few.span, next_power_of_2(F)), num_warps=few.warps,
     )  # fmt: skip
     return out_TD

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_router_kernels import few_rows, grouped
 from moe_router_kernels.permute import combine_rows
+from moe_router_kernels.row_tiles import cut
 from moe_router_kernels.tiles import Few, Problem, pick
 
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -28,7 +29,7 @@ def forward(
     if problem.few and not keep:
         none = x_TD.new_empty(0, gate_up.size(1))
         return few_rows.forward(x_TD, weight_TK, gate_up, down, plan=plan, few=Few()), none
-    rows = grouped.cut(offsets_G1, src_R.numel(), problem.m)
+    rows = cut(offsets_G1, src_R.numel(), problem.m)
     pre_RF, act_RF, _ = grouped.rows_times_groups(
         x_TD, gate_up, rows, src_R=src_R, epilogue="swiglu", keep=keep, tile=pick("up", problem)
     )
@@ -58,7 +59,7 @@ def backward(
     src_R, choice_R, offsets_G1, row_TK = plan
     grad_TD, x_TD, gate_up, down = (t.contiguous() for t in (grad_TD, x_TD, gate_up, down))
     problem = Problem.of(x_TD, gate_up, src_R)
-    rows = grouped.cut(offsets_G1, src_R.numel(), problem.m)
+    rows = cut(offsets_G1, src_R.numel(), problem.m)
     weight_R = weight_TK.flatten()[choice_R.clamp(min=0)]
     grad_pre, act_RF, dot_R = grouped.rows_times_groups(
         grad_TD, down, rows, src_R=src_R, backward=True, epilogue="swiglu_backward",

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import ceil_div, next_power_of_2
 from moe_router_kernels.top_k import TAKEN, best_groups, fours, key_of, limit_groups, value_of
 
 
@@ -264,7 +266,7 @@ class Rule:
 
 def _padded(G: int) -> int:
     """A power of two, of whole fours."""
-    return max(4, int(triton.next_power_of_2(G)))
+    return max(4, next_power_of_2(G))
 
 
 def block_of(T: int, G: int) -> tuple[int, int]:
@@ -315,7 +317,7 @@ def gate(
     """Decide, weigh and count; with `given_TK` nothing is decided."""
     logits_TG, (T, G) = logits_TG.contiguous(), logits_TG.shape
     block, warps = block_of(T, G)
-    blocks = triton.cdiv(T, block)
+    blocks = ceil_div(T, block)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=logits_TG.device)
@@ -334,11 +336,12 @@ def gate(
         block, plan,
     )  # fmt: skip
     if T:
-        _gate_kernel[(blocks,)](
+        launch(
+            _gate_kernel, (blocks,),
             logits_TG, logits_TG if bias_E is None else bias_E,
             out.raw_TK, out.weight_TK, out.rank_TK, out.load_GN, out.share_GN, out.z_N,
             *(plan or [raw_TK] * 4), T, G, rule.experts, blocks,
-            K=k, K_PAD=triton.next_power_of_2(k), G_PAD=_padded(G), BLOCK_T=block,
+            K=k, K_PAD=next_power_of_2(k), G_PAD=_padded(G), BLOCK_T=block,
             SOFTMAX=rule.score == "softmax", BIASED=bias_E is not None,
             RENORMALISE=rule.renormalise, GROUPS=rule.expert_groups, TOP_GROUPS=rule.top_groups,
             GIVEN=given_TK is not None, SUMS=sums, ALONE=plan is not None, num_warps=warps,
@@ -362,9 +365,10 @@ def gate_backward(
     grad_TK = grad_TK.contiguous()
     grad_G, grad_z = (grad_TK if g is None else g.contiguous() for g in (grad_G, grad_z))
     if T and G:
-        _gate_backward_kernel[(triton.cdiv(T, block),)](
+        launch(
+            _gate_backward_kernel, (ceil_div(T, block),),
             logits_TG, raw_TK, grad_TK, grad_G, grad_z, out, T, G, rule.experts,
-            K=K, K_PAD=triton.next_power_of_2(K), G_PAD=_padded(G), BLOCK_T=block,
+            K=K, K_PAD=next_power_of_2(K), G_PAD=_padded(G), BLOCK_T=block,
             SOFTMAX=rule.score == "softmax", RENORMALISE=rule.renormalise, SUMS=sums,
             num_warps=warps,
         )  # fmt: skip

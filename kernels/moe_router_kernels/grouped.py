@@ -2,41 +2,22 @@
 and after fused in: rows are gathered by the load, SwiGLU and its backward run on the accumulators.
 
 Rows are sorted by group, R of them; groups are ragged and may be empty. A tile never crosses a
-group. Which tile belongs to which group is a table on the device, so nothing waits for counts.
-
+group (`row_tiles`).
 Not covered: K dimensions whose rows are no multiple of 16 bytes (a TMA descriptor wants that).
 """
 
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.row_tiles import Rows
 from moe_router_kernels.scratch import scratch
+from moe_router_kernels.sizes import ceil_div
 from moe_router_kernels.tiles import Tile
-
-
-@triton.jit
-def _tile_table_kernel(  # type: ignore[no-untyped-def]
-    offsets_ptr, group_ptr, row_ptr, used_ptr, G, bound, BLOCK_M: tl.constexpr,
-    G_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    group = tl.arange(0, G_PAD)
-    first = tl.load(offsets_ptr + group, mask=group < G, other=0)
-    last = tl.load(offsets_ptr + group + 1, mask=group < G, other=0)
-    tiles = (last - first + BLOCK_M - 1) // BLOCK_M
-    end = tl.cumsum(tiles, 0)
-    tile = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mine = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), 1)
-    here = group[None, :] == mine[:, None]
-    start = first - (end - tiles) * BLOCK_M
-    row = tl.sum(tl.where(here, start[None, :], 0), 1) + tile * BLOCK_M
-    tl.store(group_ptr + tile, mine, mask=tile < bound)
-    tl.store(row_ptr + tile, row, mask=tile < bound)
-    if tl.program_id(0) == 0:
-        tl.store(used_ptr, tl.sum(tiles, 0))
 
 
 @triton.jit
@@ -263,38 +244,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """R rows sorted by group, cut into tiles; made once per Plan and tile height.
-
-    Attributes:
-        rows: R, a bound.
-        offsets_G1: int32, rows of each group.
-        group_N, row_N: int32, its group and its first row; N is a bound.
-        used: (1,) int32, how many there are.
-        m: height of a tile.
-    """
-
-    rows: int
-    offsets_G1: Tensor
-    group_N: Tensor
-    row_N: Tensor
-    used: Tensor
-    m: int
-
-
-def cut(offsets_G1: Tensor, rows: int, m: int) -> Rows:
-    """Cut R rows into tiles of at most m rows of one group."""
-    G = offsets_G1.numel() - 1
-    bound = triton.cdiv(rows, m) + G
-    group_N, row_N, used = (offsets_G1.new_empty(n) for n in (bound, bound, 1))
-    _tile_table_kernel[(triton.cdiv(bound, 64),)](
-        offsets_G1, group_N, row_N, used, G, bound,
-        BLOCK_M=m, G_PAD=triton.next_power_of_2(G), BLOCK_N=64, num_warps=4,
-    )  # fmt: skip
-    return Rows(rows, offsets_G1, group_N, row_N, used, m)
-
-
+@cache
 def _programs(device: torch.device) -> int:
     """One for each multiprocessor: they take tiles until none is left."""
     if device.type != "cuda":
@@ -321,7 +271,7 @@ def rows_times_groups(
     Args:
         a: (R, K), or (T, K) if `src_R` says which row of it each row is.
         w: (G, N, K), or (G, K, N) if backward; contiguous.
-        rows: of `cut`, for the tile's m.
+        rows: of `row_tiles.cut`, for the tile's m.
         epilogue: `swiglu`: w are gate and up, N / 2 rows each, the second result silu(gate) * up.
             `swiglu_backward`: the product is the gradient of that second result; pre_RF is what
             came out first, weight_R the weight of each row.
@@ -346,11 +296,12 @@ def rows_times_groups(
         out = a.new_empty(R if keep else 0, 2 * N if back else N)
     dot = None
     if back:
-        dot = torch.zeros(triton.cdiv(N, tile.n), R, device=a.device)
+        dot = torch.zeros(ceil_div(N, tile.n), R, device=a.device)
     if a.device.type == "cuda":
         triton.set_allocator(scratch)
     none = out
-    _rows_kernel[(_programs(a.device),)](
+    launch(
+        _rows_kernel, (_programs(a.device),),
         a, none if src_R is None else src_R, w,
         rows.offsets_G1, rows.group_N, rows.row_N, rows.used,
         out, none if act is None else act, none if pre_RF is None else pre_RF,
@@ -386,11 +337,12 @@ def group_weights(
     """
     G, M, N = offsets_G1.numel() - 1, a.size(1), b.size(1)
     out = a.new_empty((G, N, M) if transposed else (G, M, N), dtype=dtype)
-    count = G * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
+    count = G * ceil_div(M, tile.m) * ceil_div(N, tile.n)
     programs = min(count, _programs(a.device))
     if a.device.type == "cuda":
         triton.set_allocator(scratch)
-    _weights_kernel[(programs,)](
+    launch(
+        _weights_kernel, (programs,),
         a, b, src_R, offsets_G1, out, G, M, N, count, a.stride(0), b.stride(0),
         PROGRAMS=programs, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.band,
         GATHER_A=gather == "a", TRANSPOSED=transposed,

@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import ceil_div, next_power_of_2
+
 
 @triton.jit
 def _linear_kernel(  # type: ignore[no-untyped-def]
@@ -64,9 +67,10 @@ def linear_of_kept(x_TK: Tensor, weight_NK: Tensor, kept_T: Tensor) -> Tensor:
     # a tile reads its weights again: few tokens make one tile, and leave room for more in flight
     block_m = 16 if T <= 16 else 64
     block_n, block_k = (32, 64) if wide else (16, 256) if block_m == 16 else (32, 128)
-    _linear_kernel[(triton.cdiv(T, block_m), triton.cdiv(N, block_n))](
+    launch(
+        _linear_kernel, (ceil_div(T, block_m), ceil_div(N, block_n)),
         x_TK, kept_T.contiguous().view(torch.int8), weight_NK, out, T, N, K, x_TK.stride(0),
-        T_PAD=max(16, triton.next_power_of_2(T)), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        T_PAD=max(16, next_power_of_2(T)), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=2 if wide else 4,
     )  # fmt: skip
     return out

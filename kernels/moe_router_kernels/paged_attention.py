@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import ceil_div, next_power_of_2
+
 
 @triton.jit
 def _turned(x_ptr, at, cos, sin, C: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -127,7 +130,8 @@ def store(
     )
     q_out, k_out = torch.empty_like(q_THC), torch.empty_like(k_TJC)
     if T:
-        _store_kernel[(T, H + J)](
+        launch(
+            _store_kernel, (T, H + J),
             q_THC, k_TJC, v_TJC, cos_T1C, sin_T1C, pages_2NJSC, table_BM, row_T, slot_T,
             q_out, k_out, H, J, table_BM.stride(0), pages_2NJSC.stride(0),
             C=C, PAGE=pages_2NJSC.size(3), num_warps=1,
@@ -138,8 +142,8 @@ def store(
 def splits(tokens: int, kv_heads: int, pages: int) -> int:
     """Programs that share the pages of a query: as many as fill a GPU of 132 multiprocessors twice,
     a power of two, for the second launch is a sum over them."""
-    wanted = min(64, pages, triton.cdiv(2 * 132, tokens * kv_heads))
-    power: int = triton.next_power_of_2(max(wanted, 1))
+    wanted = min(64, pages, ceil_div(2 * 132, tokens * kv_heads))
+    power: int = next_power_of_2(max(wanted, 1))
     return power if power <= wanted else power // 2
 
 
@@ -157,12 +161,13 @@ def attend(
     shared = T * H * n if n > 1 else 0
     parts = torch.empty(shared, C, device=q_THC.device, dtype=torch.float32)
     best, total = (torch.empty(shared, device=q_THC.device, dtype=torch.float32) for _ in range(2))
-    _attend_kernel[(T, J, n)](
+    launch(
+        _attend_kernel, (T, J, n),
         q_THC, pages_2NJSC, table_BM, row_T, seen_T, out, parts, best, total,
         H, J, table_BM.stride(0), pages_2NJSC.stride(0), C**-0.5,
-        C=C, PAGE=PAGE, HEADS=max(16, triton.next_power_of_2(H // J)), SPLITS=n,
+        C=C, PAGE=PAGE, HEADS=max(16, next_power_of_2(H // J)), SPLITS=n,
         PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=2 if wide else 3,
     )  # fmt: skip
     if n > 1:
-        _join_kernel[(T * H,)](parts, best, total, out, C=C, SPLITS=n, num_warps=4)
+        launch(_join_kernel, (T * H,), parts, best, total, out, C=C, SPLITS=n, num_warps=4)
     return out

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import next_power_of_2
+
 HEADER = 4096  # bytes: flags of up to 255 ranks, and what follows stays aligned
 _HALF = HEADER // 8 // 2  # int64: where the second half of the flags begins
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -135,13 +138,14 @@ def put(
     columns, W = words.size(1), peers_W.numel()
     wide = 0 if also is None else also.size(1)
     turns = W * most
-    _put_kernel[(max(1, min(turns, programs)),)](
+    launch(
+        _put_kernel, (max(1, min(turns, programs)),),
         words, words if src_R is None else src_R, words if also is None else also, peers_W, flags,
         epoch, told, *places, *offsets, turns, columns, rank, bound, W=W,
         GATHER=src_R is not None, ALSO=wide, SPLIT=split,
-        ALSO_PAD=triton.next_power_of_2(max(wide, 1)),
+        ALSO_PAD=next_power_of_2(max(wide, 1)),
         ALIGNED=columns * words.element_size() % 16 == 0, HEAD=HEADER,
-        BLOCK=min(4096, triton.next_power_of_2(max(columns, 1))), num_warps=8,
+        BLOCK=min(4096, next_power_of_2(max(columns, 1))), num_warps=8,
     )  # fmt: skip
 
 
@@ -153,6 +157,7 @@ def meet(
     Args:
         told: int32 scalar, becomes 1 if a peer did not answer within `bound` looks at its flag.
     """
-    _meet_kernel[(1,)](
-        peers_W, flags, epoch, told, rank, bound, W=peers_W.numel(), HALF=_HALF, num_warps=1
-    )
+    launch(
+        _meet_kernel, (1,), peers_W, flags, epoch, told, rank, bound,
+        W=peers_W.numel(), HALF=_HALF, num_warps=1,
+    )  # fmt: skip

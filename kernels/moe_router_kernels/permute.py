@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import ceil_div, next_power_of_2
+
 
 @triton.jit
 def _move_kernel(  # type: ignore[no-untyped-def]
@@ -31,12 +34,13 @@ def move_rows(x_TD: Tensor, row_TK: Tensor, rows: int | None = None) -> Tensor:
     """
     (T, K), D = row_TK.shape, x_TD.size(1)
     rows_RD = x_TD.new_empty(T * K if rows is None else rows, D)
-    block_d = min(256, triton.next_power_of_2(max(D, 1)))
+    block_d = min(256, next_power_of_2(max(D, 1)))
     block_t = max(1, 2048 // block_d)
     if rows_RD.numel():
-        _move_kernel[(triton.cdiv(T, block_t), triton.cdiv(D, block_d))](
-            x_TD, row_TK, rows_RD, T, D, x_TD.stride(0), K=K, BLOCK_T=block_t, BLOCK_D=block_d
-        )
+        launch(
+            _move_kernel, (ceil_div(T, block_t), ceil_div(D, block_d)),
+            x_TD, row_TK, rows_RD, T, D, x_TD.stride(0), K=K, BLOCK_T=block_t, BLOCK_D=block_d,
+        )  # fmt: skip
     return rows_RD
 
 
@@ -65,10 +69,11 @@ def combine_rows(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None = None) 
     """(T, D): each token's rows, weighted, summed in fp32 in order of k; -1 adds nothing."""
     (T, K), D = row_TK.shape, y_RD.size(1)
     out = y_RD.new_empty(T, D)
-    block_d = min(1024, triton.next_power_of_2(max(D, 1)))
+    block_d = min(1024, next_power_of_2(max(D, 1)))
     block_t = max(1, 1024 // block_d)
     if T and D:
-        _combine_kernel[(triton.cdiv(T, block_t), triton.cdiv(D, block_d))](
+        launch(
+            _combine_kernel, (ceil_div(T, block_t), ceil_div(D, block_d)),
             y_RD, out if weight_TK is None else weight_TK, row_TK, out, T, D,
             K=K, WEIGHTED=weight_TK is not None, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
@@ -107,10 +112,11 @@ def combine_backward(
     """`reference.combine_backward`: (R, D) for the rows, (T, K) for the weights."""
     R, D = y_RD.shape
     out, dot_TK = torch.empty_like(y_RD), torch.zeros_like(weight_TK)
-    block_d = min(1024, triton.next_power_of_2(max(D, 1)))
+    block_d = min(1024, next_power_of_2(max(D, 1)))
     block_r = max(1, 1024 // block_d)
     if R:
-        _combine_backward_kernel[(triton.cdiv(R, block_r),)](
+        launch(
+            _combine_backward_kernel, (ceil_div(R, block_r),),
             grad_TD, y_RD, weight_TK, src_R, choice_R, out, dot_TK, R, D,
             BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

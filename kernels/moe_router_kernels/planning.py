@@ -12,7 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_router_kernels.fused_gate import Gated
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import ceil_div, next_power_of_2
 
+FEW = 16384  # choices times groups of a Plan that one program makes, in 64 registers a thread
 PLACED = 256  # choices of a program: latency counts, so many small ones
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 Sums = tuple[Tensor, Tensor, Tensor]  # load_G, share_G and z of the gate; empty if not asked for
@@ -141,6 +144,27 @@ def _scan_and_place_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _few_kernel(  # type: ignore[no-untyped-def]
+    target_ptr, src_ptr, choice_ptr, offsets_ptr, row_ptr, R, G,
+    K: tl.constexpr, BLOCK: tl.constexpr, G_PAD: tl.constexpr,
+):  # fmt: skip
+    """All of it in one program."""
+    choice, group = tl.arange(0, BLOCK), tl.arange(0, G_PAD)
+    live = choice < R
+    target = tl.load(target_ptr + choice, mask=live, other=-1)
+    here = (group[None, :] == target[:, None]) & (group < G)[None, :]
+    chosen = here.to(tl.int32)
+    total = tl.sum(chosen, 0)
+    end = tl.cumsum(total, 0)
+    row = tl.cumsum(chosen, 0) - chosen + (end - total)[None, :]
+    tl.store(offsets_ptr + group + 1, end, mask=group < G)
+    tl.store(offsets_ptr + group, tl.zeros((G_PAD,), tl.int32), mask=group == 0)
+    row = tl.sum(tl.where(here, row, 0), 1)
+    used = tl.sum(total, 0)
+    _store_rows(choice, live, target, row, used, src_ptr, choice_ptr, row_ptr, G, K)
+
+
+@triton.jit
 def _drop_kernel(  # type: ignore[no-untyped-def]
     target_ptr, order_ptr, rank_ptr, before_ptr, kept_ptr, R, G, blocks, capacity,
     PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
@@ -187,33 +211,40 @@ def _scan(counts: Counts) -> tuple[Tensor, Sums]:
     load_GN, (load_G, share_G, z) = counts.load_GN, counts.totals()
     (G, blocks), before_GN = load_GN.shape, torch.empty_like(load_GN)
     if G:
-        _scan_kernel[(G,)](
+        launch(
+            _scan_kernel, (G,),
             load_GN, before_GN, load_G, counts.share_GN, share_G, counts.z_N, z, blocks,
-            BLOCK_N=min(2048, triton.next_power_of_2(max(blocks, 1))), SUMS=counts.sums,
+            BLOCK_N=min(2048, next_power_of_2(max(blocks, 1))), SUMS=counts.sums,
         )  # fmt: skip
     return before_GN, (load_G, share_G, z)
+
+
+def _unwritten(target_TK: Tensor, groups: int) -> Plan:
+    R, ints = target_TK.numel(), target_TK.new_empty
+    return ints(R), ints(R), ints(groups + 1), torch.empty_like(target_TK)
 
 
 def _finish(target_TK: Tensor, rank_TK: Tensor, counts: Counts, groups: int) -> tuple[Sums, Plan]:
     """Sums over the blocks, and the Plan over the first `groups` groups."""
     K, R, (G, blocks) = target_TK.size(1), target_TK.numel(), counts.load_GN.shape
-    ints = target_TK.new_empty
-    plan = ints(R), ints(R), ints(groups + 1), torch.empty_like(target_TK)
-    pads = triton.next_power_of_2(max(G, 1)), triton.next_power_of_2(max(blocks, 1))
+    plan = _unwritten(target_TK, groups)
+    pads = next_power_of_2(max(G, 1)), next_power_of_2(max(blocks, 1))
     if blocks and pads[0] * pads[1] <= 8192:
         sums = counts.totals()
-        _scan_and_place_kernel[(blocks,)](
+        launch(
+            _scan_and_place_kernel, (blocks,),
             target_TK, rank_TK, counts.load_GN, sums[0], counts.share_GN, sums[1], counts.z_N,
             sums[2], *plan, R, G, groups, blocks,
             K=max(K, 1), G_PAD=pads[0], N_PAD=pads[1], PER_BLOCK=counts.per,
-            BLOCK_R=triton.next_power_of_2(counts.per), SUMS=counts.sums, num_warps=8,
+            BLOCK_R=next_power_of_2(counts.per), SUMS=counts.sums, num_warps=8,
         )  # fmt: skip
         return sums, plan
     before_GN, sums = _scan(counts)
     # without tokens, someone must still write the offsets
-    _place_kernel[(max(1, triton.cdiv(R, PLACED)),)](
+    launch(
+        _place_kernel, (max(1, ceil_div(R, PLACED)),),
         target_TK, rank_TK, before_GN, sums[0], *plan, R, groups, blocks,
-        K=max(K, 1), E_PAD=triton.next_power_of_2(max(groups, 1)), PER_BLOCK=counts.per,
+        K=max(K, 1), E_PAD=next_power_of_2(max(groups, 1)), PER_BLOCK=counts.per,
         BLOCK_R=PLACED,
     )  # fmt: skip
     return sums, plan
@@ -230,12 +261,13 @@ def finish(gated: Gated, experts: int) -> tuple[Tensor, Tensor, Tensor, Plan]:
 
 
 def _rank(target_TK: Tensor, groups: int, order_R: Tensor | None) -> tuple[Tensor, Counts]:
-    R, pad = target_TK.numel(), triton.next_power_of_2(max(groups, 1))
+    R, pad = target_TK.numel(), next_power_of_2(max(groups, 1))
     block = max(16, min(256, 8192 // pad))
-    blocks = triton.cdiv(R, block)
+    blocks = ceil_div(R, block)
     rank_TK, load_GN = torch.empty_like(target_TK), target_TK.new_empty(groups, blocks)
     if R:
-        _rank_kernel[(blocks,)](
+        launch(
+            _rank_kernel, (blocks,),
             target_TK, target_TK if order_R is None else order_R, rank_TK, load_GN,
             R, groups, blocks, BLOCK=block, G_PAD=pad, ORDERED=order_R is not None,
         )  # fmt: skip
@@ -243,7 +275,16 @@ def _rank(target_TK: Tensor, groups: int, order_R: Tensor | None) -> tuple[Tenso
 
 
 def plan_from_ids(target_TK: Tensor, groups: int) -> Plan:
-    """`reference.plan`, in two or three launches. target_TK is int32 and contiguous."""
+    """`reference.plan`, in one to three launches. target_TK is int32 and contiguous."""
+    R = target_TK.numel()
+    pads = next_power_of_2(R), next_power_of_2(max(groups, 1))
+    if R and pads[0] * pads[1] <= FEW:
+        plan = _unwritten(target_TK, groups)
+        launch(
+            _few_kernel, (1,), target_TK, *plan, R, groups,
+            K=target_TK.size(1), BLOCK=pads[0], G_PAD=pads[1], num_warps=8,
+        )  # fmt: skip
+        return plan
     rank_TK, counts = _rank(target_TK, groups, None)
     return _finish(target_TK, rank_TK, counts, groups)[1]
 
@@ -258,7 +299,8 @@ def drop(target_TK: Tensor, groups: int, order_R: Tensor, capacity: int) -> Tens
     before_GN, _ = _scan(counts)
     kept_TK, R = torch.empty_like(target_TK), target_TK.numel()
     if R:
-        _drop_kernel[(triton.cdiv(R, 1024),)](
+        launch(
+            _drop_kernel, (ceil_div(R, 1024),),
             target_TK, order_R, rank_TK, before_GN, kept_TK, R, groups, before_GN.size(1),
             capacity, PER_BLOCK=counts.per, BLOCK=1024,
         )  # fmt: skip

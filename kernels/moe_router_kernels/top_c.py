@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_router_kernels.launch import launch
+from moe_router_kernels.sizes import ceil_div, next_power_of_2
+
 
 @triton.jit
 def _keys(score_ptr, token, last, group, G):  # type: ignore[no-untyped-def]
@@ -59,8 +62,9 @@ def select_top_c(score_TG: Tensor, offsets_S1: Tensor, count_S: Tensor) -> Tenso
     (T, G), S = score_TG.shape, count_S.numel()
     taken = torch.zeros(T, G, dtype=torch.int8, device=score_TG.device)
     if T and G and S:
-        block = min(4096, max(16, triton.next_power_of_2(triton.cdiv(T, S))))
-        _select_kernel[(S, G)](
+        block = min(4096, max(16, next_power_of_2(ceil_div(T, S))))
+        launch(
+            _select_kernel, (S, G),
             score_TG.contiguous(), offsets_S1.contiguous(), count_S.contiguous(), taken, G,
             BLOCK=block, num_warps=4 if block <= 1024 else 8,
         )  # fmt: skip

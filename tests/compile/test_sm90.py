@@ -26,6 +26,7 @@ from moe_router_kernels import (  # noqa: E402
     grouped,
     permute,
     planning,
+    row_tiles,
     tiles,
     top_c,
 )
@@ -117,6 +118,13 @@ def test_scan_and_place(groups, blocks, per, sums, tmp_path):
 def test_rank(groups, block, ordered, tmp_path):
     constants = {"BLOCK": block, "G_PAD": groups, "ORDERED": ordered}
     assert spilled(planning._rank_kernel, constants, tmp_path) == 0
+
+
+@pytest.mark.parametrize("choices, groups", [(2048, 8), (128, 128), (16, 1024)])
+def test_few(choices, groups, tmp_path):
+    constants = {"K": 8, "BLOCK": choices, "G_PAD": groups}
+    code = machine_code(planning._few_kernel, TYPES, constants, tmp_path, num_warps=8)
+    assert spills(code) == 0
 
 
 def test_scan(tmp_path):
@@ -277,4 +285,4 @@ def test_tile_table(tmp_path):
     types |= {"G": "i32", "bound": "i32"}
     constants = {"BLOCK_M": 128, "G_PAD": 512, "BLOCK_N": 64}
     # a table of 512 groups is wider than the registers; it is read once a Plan
-    assert spilled(grouped._tile_table_kernel, constants, tmp_path, types) <= 1024
+    assert spilled(row_tiles._tile_table_kernel, constants, tmp_path, types) <= 1024

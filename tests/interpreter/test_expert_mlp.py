@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from moe_router_kernels import expert_op, fused_experts, grouped, plan_from_ids  # noqa: E402
 from moe_router_kernels.expert_op import expert_mlp, expert_mlp_of_ids  # noqa: E402
 from moe_router_kernels.permute import combine_rows  # noqa: E402
+from moe_router_kernels.row_tiles import cut  # noqa: E402
 from moe_router_kernels.tiles import Few, Tile  # noqa: E402
 from tests.interpreter.poison import poisoned  # noqa: E402
 
@@ -205,7 +206,7 @@ def test_nothing_is_read_past_the_last_group():
     leaves, plan, _ = tensors(30, 32, 16, 4, 2, "holes", torch.float32)
     src_R, _, offsets_G1, row_TK = plan
     tile = Tile(m=16, n=32, k=32, band=2, warps=4, stages=2)
-    rows = grouped.cut(offsets_G1, src_R.numel(), tile.m)
+    rows = cut(offsets_G1, src_R.numel(), tile.m)
     used = int(offsets_G1[-1])
     assert used < src_R.numel()
     act = torch.randn(src_R.numel(), 16, device=DEVICE)

@@ -114,7 +114,10 @@ def test_logits_that_are_not_finite_still_choose_groups(score, bad):
     torch.testing.assert_close(seen[0].weight_TK, seen[1].weight_TK, equal_nan=True)
 
 
-@pytest.mark.parametrize("T, K, groups", [(0, 2, 3), (1, 1, 1), (50, 3, 7), (300, 2, 300)])
+@pytest.mark.parametrize(
+    "T, K, groups",  # nothing; in one launch; in two; in three
+    [(0, 2, 3), (1, 1, 1), (50, 3, 7), (64, 2, 128), (700, 3, 13), (300, 2, 300)],
+)
 @pytest.mark.parametrize("distinct", [True, False])
 def test_a_plan_for_choices_made_elsewhere(T, K, groups, distinct):
     generator = torch.Generator().manual_seed(T)
