@@ -30,6 +30,7 @@ from benchmarks.minilm_tasks import Labelled, Task, probe, read
 from benchmarks.results import Row, provenance, save
 from benchmarks.timing import Deadline, Run, interleave
 from moe_router import Context, Ledger, wrap
+from moe_router.integrations.wrap import set_context
 
 BATCH, STEPS, GRADUAL = 32, 120, 90
 RATE, TUNING = 0.01, 5e-5  # of routers, of the other weights
@@ -130,7 +131,7 @@ def teach(full: Full, model: Any, seed: int) -> None:
         if isinstance(module, nn.Dropout):
             module.eval()
     for step in range(STEPS):
-        model.encoder.context = Context(step=step)
+        set_context(model, Context(step=step))
         drawn = torch.randint(len(texts), (BATCH,), generator=generator).tolist()
         got = embed(model, full.tokenizer, [texts[i] for i in drawn])
         loss = 1 - (got * full.taught_ND[drawn]).sum(-1).mean()
@@ -172,14 +173,14 @@ def speed(full: Full, setting: Setting, rounds: int) -> dict[str, Any]:
     models = {
         "pruned": pruned, "packed": packed, "transformers": load(full.folder, full.device),
     }  # fmt: skip
-    pruned.encoder.context = Context(ledger=(ledger := Ledger()))
+    set_context(pruned, Context(ledger=(ledger := Ledger())))
 
     def run(model: Any) -> Run:
         return lambda: embed(model, full.tokenizer, texts)
 
     with torch.no_grad():
         embed(pruned, full.tokenizer, texts)
-        pruned.encoder.context = Context()
+        set_context(pruned, Context())
         timings = interleave({name: run(model) for name, model in models.items()}, rounds=rounds)
     executed, dense = ledger.by_op()["blocks"]
     rates = {name: round(len(texts) / timing.median * 1e6, 1) for name, timing in timings.items()}

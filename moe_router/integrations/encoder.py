@@ -1,150 +1,124 @@
-"""Token pruning inside an encoder of transformers (BERT, ViT and their kin).
+"""Routing inside an encoder of transformers (BERT, ViT and their kin).
 
-The model's own layers compute, on packed rows: padding is left out, and after a routed layer the
-least important tokens leave for good. Who has left is zero in what the layers return, so pooling by
-the first token or by a mean whose length does not matter works as before. Attention has no dropout
-here. `hidden_states` and `attentions` of layers are not to be had: their rows differ.
+The model's own layers compute, on packed rows: padding is left out, and tokens that have left, have
+halted or merged into another are not computed. Padding is zero in what the layers return, and so is
+who was pruned, so pooling by the first token or by a mean whose length does not matter works as
+before. Attention has no dropout here. `hidden_states` and `attentions` of layers are not to be had:
+their rows differ.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from moe_router.config_routing import RoutingConfig
-from moe_router.errors import ConfigError
-from moe_router.layers.prune import Prune
-from moe_router.models.packing import Packing
+from moe_router.integrations.leaving import Halting, Merging, Pruning
+from moe_router.integrations.packed import Asked
+from moe_router.integrations.rows import Rows, refuse_states, weights_of
+from moe_router.integrations.stacked import Stacked
 from moe_router.routing import Context
 from moe_router.routing.context import PLAIN
-from moe_router.types import Tokens
-from moe_router_kernels import gather
 
 IMAGES = ("vit", "deit")  # model_type
 
 
-class Pruning(nn.Module):
-    """Layers, and the routers between them.
+class EncoderLayer:
+    """A layer of the model, in one pass.
 
     Args:
-        layers: of the model; they keep their names.
-        model: its config says the width.
-        config: kind prune, decide top.
+        module: of transformers.
+        dense: all rows, which it would compute without routing.
+    """
+
+    def __init__(self, module: Any, dense: Rows, context: Context) -> None:
+        self.module, self.dense, self.context = module, dense, context
+        self.norms_first = hasattr(module, "layernorm_before")  # ViT, else BERT
+
+    def __call__(
+        self, rows: Rows, size_T: Tensor | None = None, asked: Asked | None = None
+    ) -> Tensor:
+        self._account(rows, rows)
+        if rows.packing.tokens == 0:  # transformers' layers take no empty batch
+            return rows.x_TD
+        packed = {"packing": rows.packing, "size_R": size_T, "asked": asked}
+        out_1TD: Tensor = self.module(rows.x_TD[None], None, **packed)
+        return out_1TD[0]
+
+    def attend(self, rows: Rows, size_T: Tensor | None, asked: Asked) -> Tensor:
+        """(T, D) the residual stream after attention; BERT's has been through its norm."""
+        layer, x_1TD = self.module, rows.x_TD[None]
+        packed = {"packing": rows.packing, "size_R": size_T, "asked": asked}
+        if not self.norms_first:
+            out_1TD: Tensor = layer.attention(x_1TD, None, **packed)[0]
+            return out_1TD[0]
+        out_1TD = layer.attention(layer.layernorm_before(x_1TD), None, **packed)[0]
+        delta_1TD: Tensor = layer.dropout(out_1TD)
+        return rows.x_TD + delta_1TD[0]
+
+    def feed(self, rows: Rows, attended: Rows) -> Tensor:
+        """(T, D) after the feed-forward half.
+
+        Args:
+            attended: the rows of the half before.
+        """
+        self._account(attended, rows)
+        layer, x_1TD = self.module, rows.x_TD[None]
+        if not self.norms_first:
+            out_1TD: Tensor = layer.feed_forward_chunk(x_1TD)
+            return out_1TD[0]
+        delta_1TD: Tensor = layer.dropout(layer.mlp(layer.layernorm_after(x_1TD)))
+        return rows.x_TD + delta_1TD[0]
+
+    def flops(self, rows: Rows, fed: Rows) -> int:
+        """Of attention for some rows, and of what comes after it for others."""
+        attention = weights_of(self.module.attention)
+        rest = weights_of(self.module) - attention
+        scores = 4 * rows.x_TD.size(1) * rows.packing.pairs
+        return 2 * (rows.packing.tokens * attention + fed.packing.tokens * rest) + scores
+
+    def _account(self, rows: Rows, fed: Rows) -> None:
+        if self.context.ledger is not None:
+            dense = self.flops(self.dense, self.dense)
+            self.context.ledger.add("blocks", self.flops(rows, fed), dense)
+
+
+class RoutedLayers(Stacked):
+    """In the place of an encoder's list of layers: they, and how tokens leave between them.
+
+    Args:
+        model: its config.
+        depth: by which tokens leave.
 
     Attributes:
         context: of the next passes: a Ledger counts what is executed, a step (of the optimizer)
-            is what a `curriculum` goes by.
+            is what `curriculum` and `soft_steps` go by.
     """
 
-    def __init__(self, layers: nn.ModuleList, model: Any, config: RoutingConfig) -> None:
-        super().__init__()
-        self.config = model
-        routed = range(config.first, len(layers) - 1, config.every)  # after the last it saves none
-        self.prunes = nn.ModuleDict({str(i): Prune(model.hidden_size, config) for i in routed})
+    def __init__(
+        self, layers: nn.ModuleList, model: Any, depth: Pruning | Halting | Merging
+    ) -> None:
+        super().__init__(layers)
+        self.config, self.depth = model, depth
         self.context: Context = PLAIN
 
-    def run(
+    def forward(
         self,
-        layers: Iterable[nn.Module],
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        asked: dict[str, Any],
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **asked: Any,
     ) -> Tensor:
         """(B, S, D) to the same; attention_mask is what transformers made of the padding."""
-        for what in ("output_hidden_states", "output_attentions"):
-            if asked.get(what) or getattr(self.config, what, False):
-                raise ConfigError(f"{what}: after wrap each layer has other tokens; want it off")
+        assert encoder_hidden_states is None  # a decoder's
+        refuse_states(self.config, asked)
         B, S, D = hidden_states.shape
         here_BS = _not_padding(attention_mask, B, S, hidden_states.device)
-        place_R = here_BS.flatten().nonzero().squeeze(1)
-        rows = Tokens(
-            hidden_states.flatten(0, 1)[place_R],
-            (here_BS.int().cumsum(1) - 1).flatten()[place_R].int(),
-            torch.cat([torch.zeros(1, dtype=torch.int32), here_BS.sum(1).cpu().cumsum(0).int()]),
-        )
-        dense = Packing(rows.offsets_B1, hidden_states.device, causal=False)
-        packing = dense
-        for i, layer in enumerate(layers):
-            worth_R = self._worth(rows)
-            out_1RD: Tensor = layer(rows.x_TD[None], None, packing=packing, size_R=worth_R)
-            rows = replace(rows, x_TD=out_1RD[0])
-            self._account(layer, packing, dense)
-            if str(i) in self.prunes:
-                rows, packing, place_R = self._leave(self.prunes[str(i)], rows, packing, place_R)
-        x_RD = rows.x_TD
-        worth_R = self._worth(rows)
-        if worth_R is not None:
-            x_RD = x_RD * worth_R[:, None].to(x_RD.dtype)
-        out_TD = x_RD.new_zeros(B * S, D).index_copy(0, place_R, x_RD)
-        return out_TD.view(B, S, D)
-
-    def _worth(self, rows: Tokens) -> Tensor | None:
-        """(R,) ones, whose gradient tells routers how much others should see of each survivor."""
-        mass_R = rows.size_T
-        return 1 + mass_R - mass_R.detach() if self.training and mass_R is not None else None
-
-    def _leave(
-        self, prune: nn.Module, rows: Tokens, packing: Packing, place_R: Tensor
-    ) -> tuple[Tokens, Packing, Tensor]:
-        assert isinstance(prune, Prune)
-        rows = replace(rows, offsets_B1=packing.offsets_B1)
-        choice, kept = prune(rows, packing.lengths, self.context)
-        src_R = kept.plan.src_R.long()
-        bounds_B1 = kept.plan.offsets_G1
-        packing = Packing(bounds_B1, rows.x_TD.device, lengths=kept.lengths, causal=False)
-        size_R = prune.mass(rows, choice, kept)
-        x_RD = gather(rows.x_TD, kept.plan.src_R, kept.plan.row_TK)
-        survivors = Tokens(x_RD, rows.position_T[src_R], packing.offsets_B1, size_R)
-        return survivors, packing, place_R[src_R]
-
-    def _account(self, layer: nn.Module, packing: Packing, dense: Packing) -> None:
-        ledger = self.context.ledger
-        if ledger is None:
-            return
-        weights = [p for p in layer.parameters() if p.dim() == 2]
-        matrices, D = 2 * sum(p.numel() for p in weights), weights[0].size(1)
-
-        def flops(of: Packing) -> int:
-            scores = sum(n * n for n in of.lengths)
-            return int(matrices * of.tokens + 4 * D * scores)
-
-        ledger.add("blocks", flops(packing), flops(dense))
-
-
-class RoutedEncoder(Pruning):
-    """In the place of a module with `layer`, as BERT has it."""
-
-    def __init__(self, layers: nn.ModuleList, model: Any, config: RoutingConfig) -> None:
-        super().__init__(layers, model, config)
-        self.layer = layers
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **asked: Any
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        out_BSD = self.run(self.layer, hidden_states, attention_mask, asked)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=out_BSD)
-
-
-class RoutedLayers(Pruning):
-    """In the place of a list of layers, as ViT has it: who loops over it finds one, this."""
-
-    def __init__(self, layers: nn.ModuleList, model: Any, config: RoutingConfig) -> None:
-        super().__init__(layers, model, config)
-        self._count = len(layers)
-        for i, layer in enumerate(layers):
-            self.add_module(str(i), layer)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        yield self
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **asked: Any
-    ) -> Tensor:
-        layers = [self.get_submodule(str(i)) for i in range(self._count)]
-        return self.run(layers, hidden_states, attention_mask, asked)
+        rows = Rows.of(hidden_states, here_BS, here_BS.int().cumsum(1) - 1, causal=False)
+        layers = [EncoderLayer(layer, rows, self.context) for layer in self.layers]
+        x_TD = self.depth.run(layers, rows, self.context)
+        out_SD = x_TD.new_zeros(B * S, D).index_copy(0, rows.place_T, x_TD)
+        return out_SD.view(B, S, D)
 
 
 def layers_of(model: Any) -> tuple[Any, str] | None:
@@ -152,10 +126,9 @@ def layers_of(model: Any) -> tuple[Any, str] | None:
     if getattr(model.config, "is_decoder", False):
         return None
     for module in model.modules():
-        encoder = getattr(module, "encoder", None)
-        layers = getattr(encoder, "layer", None)
+        layers = getattr(module, "layer", None)
         if isinstance(layers, nn.ModuleList) and all(hasattr(x, "intermediate") for x in layers):
-            return module, "encoder"
+            return module, "layer"
         stacked = isinstance(getattr(module, "layers", None), nn.ModuleList)
         if stacked and model.config.model_type in IMAGES:
             return module, "layers"
@@ -164,12 +137,17 @@ def layers_of(model: Any) -> tuple[Any, str] | None:
 
 def route(owner: Any, name: str, model: Any, config: RoutingConfig) -> None:
     """Routers between the layers of `layers_of`."""
-    layers = getattr(owner, name)
-    made: Pruning
-    if name == "encoder":
-        made = RoutedEncoder(layers.layer, model.config, config)
-    else:
-        made = RoutedLayers(layers, model.config, config)
+    layers, own = getattr(owner, name), model.config
+    sizes = (own.hidden_size, len(layers), config)
+    depth: Pruning | Halting | Merging
+    match config.kind:
+        case "prune":
+            depth = Pruning(*sizes)
+        case "halt":
+            depth = Halting(*sizes)
+        case _:
+            depth = Merging(*sizes, channels=own.hidden_size // own.num_attention_heads)
+    made = RoutedLayers(layers, own, depth)
     setattr(owner, name, made.to(model.device).train(model.training))
 
 

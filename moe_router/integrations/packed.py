@@ -4,6 +4,7 @@ Where a cache is, every token keeps its slot in it, computed or not, so lengths,
 are those of transformers; more channels beside the keys say whose slots are filled.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from moe_router.errors import ConfigError
-from moe_router.models.attend import attend_packed
+from moe_router.models.attend import attend_packed, received
 from moe_router.models.packing import Packing
 
 NAME = "moe_router_packed"
 FLAGS = 8  # channels that say whether a slot is filled: kernels want channels by eights
+
+
+@dataclass(slots=True)
+class Asked:
+    """What of a layer's attention routers want to know, for who calls the layer.
+
+    Attributes:
+        key_TJC: its keys.
+        received_T: how much attention came to each token, if `received`.
+    """
+
+    received: bool = False
+    key_TJC: Tensor | None = None
+    received_T: Tensor | None = None
+
+    def see(self, q_THC: Tensor, k_TJC: Tensor, packing: Packing, size_T: Tensor | None) -> None:
+        self.key_TJC = k_TJC
+        if self.received:
+            self.received_T = received(q_THC, k_TJC, packing, size_T)
 
 
 class Slots:
@@ -77,6 +97,7 @@ def attend(
     packing: Packing | None = None,
     size_R: Tensor | None = None,
     slots: Slots | None = None,
+    asked: Asked | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: packed rows (1, H, R, C), else as `sdpa`."""
@@ -88,6 +109,8 @@ def attend(
     if slots is not None and slots.past:
         return slots.attend(query, key, value)[None], None
     q_RHC, k_RHC, v_RHC = (x[0].transpose(0, 1) for x in (query, key, value))
+    if asked is not None:
+        asked.see(q_RHC, k_RHC, packing, size_R)
     return attend_packed(q_RHC, k_RHC, v_RHC, packing, size_R)[None], None
 
 

@@ -1,5 +1,5 @@
-"""Routing wrapped around dense models of transformers: tokens leave encoders, or skip layers of
-decoders.
+"""Routing wrapped around dense models of transformers: tokens leave encoders, skip layers of
+decoders, halt in both.
 
     model = moe_router.wrap(AutoModel.from_pretrained(NAME), kind="prune", keep=0.5)
 """
@@ -14,28 +14,35 @@ from moe_router.config_routing import RoutingConfig
 from moe_router.errors import CheckpointError, ConfigError
 from moe_router.integrations import decoder, encoder
 from moe_router.integrations.packed import exchange
+from moe_router.routing import Context
 
 KEY = "moe_router"  # of config.json
-_PARTS = {"prunes", "skip"}  # names of the modules that hold routers
-_SAME = ("keep", "every", "first", "router", "router_hidden", "curriculum", "frozen")
+_PARTS = {"prunes", "skip", "halts", "merges"}  # names of the modules that hold routers
+_SAME = ("every", "first", "router", "router_hidden", "frozen")
 _KEYS = {
-    "prune": (*_SAME, "protect", "min_keep"),
-    "skip": (*_SAME, "predictor", "predictor_loss"),
-}
+    "prune": (*_SAME, "keep", "curriculum", "protect", "min_keep"),
+    "skip": (*_SAME, "keep", "curriculum", "predictor", "predictor_loss"),
+    "halt": (
+        *_SAME, "halting", "threshold", "start", "soft_steps", "prior", "ponder_loss", "cost_loss",
+    ),
+    "merge": (*_SAME, "keep"),
+}  # fmt: skip
 _ENCODERS = "BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ViT or DeiT"
 _DECODERS = "Llama, Mistral, Qwen2 or Qwen3 without sliding windows"
+_LAST = {"prune": 2, "halt": 2, "merge": 1, "skip": 1}  # routed layer, from the end
 
 
 def wrap(model: PreTrainedModel, kind: str, *, freeze: bool = True, **routing: Any) -> Any:
     """Route the tokens of a dense model. The model is changed in place.
 
     Args:
-        model: of transformers: an encoder for prune, a decoder for skip.
-        kind: prune | skip.
-        freeze: only routers learn.
-        routing: keep, every, first, router, router_hidden, curriculum and frozen, as in
-            `model.routing`; for prune protect and min_keep, for skip predictor and
-            predictor_loss. docs/routing.md.
+        model: of transformers: an encoder for prune and merge, a decoder for skip, either for halt.
+        kind: prune | skip | halt | merge.
+        freeze: only routers learn; merging has none.
+        routing: as in `model.routing`, see docs/routing.md: every, first, router, router_hidden
+            and frozen; keep, but for halt; for prune and skip curriculum; for prune protect and
+            min_keep; for skip predictor and predictor_loss; for halt halting (tsa if not said),
+            threshold, start, soft_steps, prior, ponder_loss and cost_loss.
 
     Returns:
         The model. `save_pretrained` writes the routers too; `load_wrapped` reads them.
@@ -44,22 +51,19 @@ def wrap(model: PreTrainedModel, kind: str, *, freeze: bool = True, **routing: A
         ConfigError: another kind, or a model whose layers are not known here.
     """
     if kind not in _KEYS:
-        raise ConfigError(f"wrap: kind={kind}: want {' or '.join(_KEYS)}; see docs/huggingface.md")
+        raise ConfigError(f"wrap: kind={kind}: want {', '.join(_KEYS)}; see docs/huggingface.md")
     keys = _KEYS[kind]
     unknown = sorted(routing.keys() - set(keys))
     if unknown:
-        raise ConfigError(f"wrap: {unknown[0]}: want {', '.join(keys)}")
-    if routing.get("router") == "attention":
-        raise ConfigError("wrap: router=attention: want linear, mlp or position")
+        raise ConfigError(f"wrap: {unknown[0]}: kind={kind} wants {', '.join(keys)}")
     if getattr(model.config, KEY, None):
         raise ConfigError(
             f"wrap: {type(model).__name__}: is wrapped already; load_wrapped reads a saved one"
         )
+    if kind == "halt":  # of the three it alone begins near the model itself
+        routing = {"halting": "tsa"} | routing
     config = RoutingConfig(kind=kind, **routing)  # type: ignore[arg-type]
-    if kind == "prune":
-        _prune(model, config)
-    else:
-        _skip(model, config)
+    _route(model, config)
     setattr(model.config, KEY, {"kind": kind} | {key: getattr(config, key) for key in keys})
     if freeze:
         for name, parameter in model.named_parameters():
@@ -67,26 +71,29 @@ def wrap(model: PreTrainedModel, kind: str, *, freeze: bool = True, **routing: A
     return model
 
 
-def _prune(model: Any, config: RoutingConfig) -> None:
-    found = encoder.layers_of(model)
-    if found is None:
-        raise ConfigError(f"wrap: {type(model).__name__}: kind=prune wants {_ENCODERS}")
-    _check_first(config, model.config.num_hidden_layers - 2)
-    exchange(model, _ENCODERS)
-    encoder.route(*found, model, config)
-
-
-def _skip(model: Any, config: RoutingConfig) -> None:
-    if decoder.decoder_of(model) is None:
-        raise ConfigError(f"wrap: {type(model).__name__}: kind=skip wants {_DECODERS}")
-    _check_first(config, model.config.num_hidden_layers - 1)
-    exchange(model, _DECODERS)
-    decoder.route(model, config)
-
-
-def _check_first(config: RoutingConfig, most: int) -> None:
+def _route(model: Any, config: RoutingConfig) -> None:
+    kind, name = config.kind, type(model).__name__
+    found = None if kind == "skip" else encoder.layers_of(model)
+    decodes = kind in ("skip", "halt") and decoder.decoder_of(model) is not None
+    if found is None and not decodes:
+        fit = {"skip": _DECODERS, "halt": f"{_ENCODERS}; {_DECODERS}"}.get(kind, _ENCODERS)
+        raise ConfigError(f"wrap: {name}: kind={kind} wants {fit}")
+    most = model.config.num_hidden_layers - _LAST[kind]
     if config.first > most:
         raise ConfigError(f"wrap: first={config.first}: want at most {most}")
+    exchange(model, _ENCODERS if found else _DECODERS)
+    if found:
+        encoder.route(*found, model, config)
+    else:
+        decoder.route(model, config)
+
+
+def set_context(model: Any, context: Context) -> None:
+    """What the next passes of a wrapped model go by: a Ledger that counts what is executed, and
+    the step (of the optimizer) for `curriculum` and `soft_steps`."""
+    for module in model.modules():
+        if isinstance(module, encoder.RoutedLayers | decoder.RoutedStack | decoder.RoutedLayer):
+            module.context = context
 
 
 def load_wrapped(kind: Any, folder: Path | str, **more: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers import (
 pytest.importorskip("accelerate")
 import moe_router
 from moe_router.integrations.wrap import load_wrapped
-from tests.integrations import test_experts_backend, test_wrap, test_wrap_decoder
+from tests.integrations import test_experts_backend, test_wrap, test_wrap_decoder, test_wrap_halt
 
 
 def texts(n, **more):
@@ -35,31 +35,46 @@ def train(model, rows, folder, lr=0.1):
     return {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
 
 
-@pytest.mark.parametrize("kind", ["prune", "skip"])
+def classifier(kind, **more):
+    model = test_wrap.made(test_wrap.BertForSequenceClassification, num_labels=8)
+    return moe_router.wrap(model, kind=kind, **more)
+
+
+MADE = {
+    "prune": lambda: classifier("prune", keep=0.5),
+    "halt": lambda: classifier("halt", start=-1.0, cost_loss=0.1),
+    "merge": lambda: classifier("merge", keep=0.7, freeze=False),
+    "skip": lambda: test_wrap_decoder.wrapped(),
+    "halt a decoder": lambda: test_wrap_halt.decoder("tsa"),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
 def test_only_routers_learn_and_come_back(kind, tmp_path):
-    if kind == "prune":
-        model = test_wrap.made(test_wrap.BertForSequenceClassification, num_labels=8)
-        moe_router.wrap(model, kind="prune", keep=0.5)
+    """Merging has none: there the model learns."""
+    model, auto, rows = MADE[kind](), AutoModelForCausalLM, texts(12)
+    if isinstance(model, test_wrap.BertForSequenceClassification):
         auto = AutoModelForSequenceClassification
-        rows = [row | {"labels": i % 8} for i, row in enumerate(texts(12))]
-    else:
-        model, auto, rows = test_wrap_decoder.wrapped(), AutoModelForCausalLM, texts(12)
+        rows = [row | {"labels": i % 8} for i, row in enumerate(rows)]
     moved = train(model, rows, tmp_path)
-    assert moved and all(".prunes." in name or ".skip." in name for name in moved)
+    parts = ("",) if kind == "merge" else (".prunes.", ".skip.", ".halts.")
+    assert moved and all(any(part in name for part in parts) for name in moved)
     again, ids = load_wrapped(auto, tmp_path), torch.arange(3, 12)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
 
-def test_recomputed_layers_take_the_same_tokens(tmp_path):
+@pytest.mark.parametrize("kind", ["skip", "halt a decoder", "halt"])
+def test_recomputed_layers_take_the_same_tokens(kind, tmp_path):
     """Gradient checkpointing: the same steps, and the same weights after them."""
     ends = []
+    rows = texts(12) if kind != "halt" else [row | {"labels": 1} for row in texts(12)]
     for recomputes in (False, True):
-        model = test_wrap_decoder.wrapped()
+        model = MADE[kind]()
         if recomputes:  # by the name that 5.23 has for it, or that of earlier ones
             name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
             getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-        train(model, texts(12), tmp_path)
+        train(model, rows, tmp_path)
         ends.append(model.state_dict())
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, msg=name)

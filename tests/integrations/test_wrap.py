@@ -29,8 +29,9 @@ from transformers import (
 import moe_router
 from moe_router import Context, Ledger
 from moe_router.errors import CheckpointError, ConfigError
-from moe_router.integrations.encoder import Pruning
-from moe_router.integrations.wrap import load_wrapped
+from moe_router.integrations.encoder import RoutedLayers
+from moe_router.integrations.wrap import load_wrapped, set_context
+from moe_router.layers.prune import Received
 
 SIZES = {
     "vocab_size": 50,
@@ -63,7 +64,7 @@ def batch(lengths=LENGTHS, width=S, left=False):
 
 
 def encoder_of(model):
-    return next(m for m in model.modules() if isinstance(m, Pruning))
+    return next(m for m in model.modules() if isinstance(m, RoutedLayers))
 
 
 def masked(model, routers, keep, inputs):
@@ -75,9 +76,12 @@ def masked(model, routers, keep, inputs):
         alive = torch.ones(len(x), dtype=torch.bool)
         for i, layer in enumerate(model.encoder.layer):
             seen = torch.where(alive, 0.0, -math.inf)[None, None, None].expand(1, 1, len(x), -1)
+            got = layer.attention(x[None], seen)[1][0].mean(0)[alive].sum(0)
             x = layer(x[None], seen)[0]
             if str(i) in routers:
-                score = routers[str(i)].router(x, torch.arange(len(x)))
+                router = routers[str(i)].router
+                by = (got,) if isinstance(router, Received) else (x, torch.arange(len(x)))
+                score = router(*by)
                 score = score.masked_fill(~alive, -math.inf)
                 score[0] = math.inf
                 best = score.topk(math.ceil(keep * int(alive.sum()))).indices
@@ -89,15 +93,15 @@ def masked(model, routers, keep, inputs):
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("keep", [0.3, 0.6])
-def test_executed_is_masked(keep, left):
+@pytest.mark.parametrize("keep, router", [(0.3, "linear"), (0.6, "mlp"), (0.5, "attention")])
+def test_executed_is_masked(keep, router, left):
     inputs = batch(left=left)
-    wrapped = moe_router.wrap(made(), kind="prune", keep=keep, first=0, every=1)
+    wrapped = moe_router.wrap(made(), kind="prune", keep=keep, router=router, first=0, every=1)
     dense = made()
     dense.set_attn_implementation("eager")
     with torch.no_grad():
         got = wrapped(**inputs).last_hidden_state
-        want = masked(dense, encoder_of(wrapped).prunes, keep, inputs)
+        want = masked(dense, encoder_of(wrapped).depth.prunes, keep, inputs)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     left_early = (got == 0).all(-1) & inputs["attention_mask"].bool()
     assert left_early.sum() >= 8
@@ -174,7 +178,7 @@ def test_the_ledger_counts_what_ran():
     """Layers 0 and 1 see n tokens, 2 and 3 half of them; padding none."""
     model = moe_router.wrap(made(), kind="prune", keep=0.5)
     ledger = Ledger()
-    encoder_of(model).context = Context(ledger=ledger)
+    set_context(model, Context(ledger=ledger))
     with torch.no_grad():
         model(**batch((8, 8), 12))
     ran, dense = ledger.by_op()["blocks"]
@@ -243,8 +247,7 @@ def fit(model, parameters, steps, lr):
     model.train()
     optimizer = torch.optim.AdamW(list(parameters), lr=lr)
     for step in range(steps):
-        for encoder in (m for m in model.modules() if isinstance(m, Pruning)):
-            encoder.context = Context(step=step)
+        set_context(model, Context(step=step))
         inputs, labels = task(64, step)
         loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
         optimizer.zero_grad()
@@ -254,10 +257,10 @@ def fit(model, parameters, steps, lr):
 
 def test_what_cannot_be_wrapped_says_why(tmp_path):
     for wrong, message in (
-        ({"kind": "merge"}, "kind=merge: want prune or skip"),
-        ({"kind": "prune", "budget": 0.5}, "budget: want keep, every, first"),
+        ({"kind": "leap"}, "kind=leap: want prune, skip, halt, merge"),
+        ({"kind": "prune", "budget": 0.5}, "budget: kind=prune wants every, first"),
         ({"kind": "prune", "first": 3}, "first=3: want at most 2"),
-        ({"kind": "prune", "router": "attention"}, "router=attention: want linear"),
+        ({"kind": "skip"}, "BertModel: kind=skip wants Llama, Mistral, Qwen2 or Qwen3"),
     ):
         with pytest.raises(ConfigError, match=message):
             moe_router.wrap(made(), **wrong)
@@ -266,7 +269,7 @@ def test_what_cannot_be_wrapped_says_why(tmp_path):
     other = made(MPNetModel, MPNetConfig)
     with pytest.raises(ConfigError, match="MPNetModel: its attention is not exchangeable"):
         moe_router.wrap(other, kind="prune")
-    assert not any(isinstance(module, Pruning) for module in other.modules())
+    assert not any(isinstance(module, RoutedLayers) for module in other.modules())
     with pytest.raises(ConfigError, match="BertModel: is wrapped already; load_wrapped"):
         moe_router.wrap(moe_router.wrap(made(), kind="prune"), kind="prune")
     made().save_pretrained(tmp_path)
