@@ -55,8 +55,9 @@ def of_blocks(causal, gated, device, block):
 
     def theirs(q, k, v, gate):
         gate_JNN = (pair_NJKN * gate[..., None]).sum(2).transpose(0, 1)
-        gate_JTT = gate_JNN[:, block_T][:, :, block_T] if gated else None
-        return flex(q, k, v, mask_JTT, gate_JTT)
+        # of pairs nobody attends to the logarithm would have no gradient
+        gate_JTT = gate_JNN[:, block_T][:, :, block_T].masked_fill(~mask_JTT, 1.0)
+        return flex(q, k, v, mask_JTT, gate_JTT if gated else None)
 
     return target.shape, ours, theirs
 
