@@ -43,6 +43,7 @@ class Bench:
         scale: of the number of steps.
         until: nothing is trained after it.
         elsewhere: a file of labelled texts from somewhere else, to be measured on too.
+        dataset: of the task, if it was read before.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class Bench:
         scale: float = 1.0,
         until: Deadline | None = None,
         elsewhere: Path | None = None,
+        dataset: AnyDataset | None = None,
     ) -> None:
         self.name, self.task, self.device = name, scaled(TASKS[name], scale), device
         self._folder, self._until = folder, until
         own = ["cluster.actors=1", "run.record=false"]
+        if device == "cuda":
+            own += ["train.precision=bf16", *self.task.on_gpu]
         self._base = load_config(self.task.config, [*self.task.overrides, *own, *overrides])
-        self.dataset: AnyDataset = load_dataset(self._base.data)
+        self.dataset: AnyDataset = dataset or load_dataset(self._base.data)
         self._elsewhere: AnyDataset | None = None
         if elsewhere is not None:
             there = replace(self._base.data, path=str(elsewhere), val_path=str(elsewhere))

@@ -1,7 +1,5 @@
-"""What a classifier routed in depth executes, how long it takes, and what training keeps."""
+"""What a model routed in depth executes, token by token."""
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,15 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.memory import kept_bytes
+from benchmarks.depth_speed import Model
 from moe_router import Context, Ledger
 from moe_router.config import Config
-from moe_router.models import CausalLM, Classifier, token_loss
 from moe_router.training.data import Batch
 from moe_router.types import Choice, Plan
 from moe_router_kernels import reference
-
-Model = CausalLM | Classifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,47 +95,3 @@ def _flops_of_tokens(config: Config, offsets_B1: Tensor, ran: dict[int, Tensor])
         flops_T += attended_T * attention_T + fed_T * (6 * D * model.hidden)
         before_T = fed_T
     return flops_T
-
-
-@torch.no_grad()
-def milliseconds(
-    models: dict[str, Model], batch: Batch, *, seconds: float
-) -> dict[str, tuple[float, float]]:
-    """Median and p90 of one forward pass; contenders in turn, so that they share what else the
-    machine does. On a CPU, where one thread computes, of that thread's own time: what else runs on
-    the cores then counts for little.
-
-    Args:
-        seconds: to spend in all; each is run at least five times.
-    """
-    clock = time.perf_counter if batch.ids_T.is_cuda else time.thread_time
-    for model in models.values():
-        model.eval()
-        _forward(model, batch)  # what is made on first use
-    samples: dict[str, list[float]] = {name: [] for name in models}
-    until = time.monotonic() + seconds
-    while time.monotonic() < until or len(next(iter(samples.values()))) < 5:
-        for name, model in models.items():
-            began = clock()
-            _forward(model, batch)
-            samples[name].append((clock() - began) * 1e3)
-    return {
-        name: (statistics.median(of), sorted(of)[len(of) * 9 // 10]) for name, of in samples.items()
-    }
-
-
-def _forward(model: Model, batch: Batch) -> None:
-    model(batch.ids_T, batch.position_T, batch.offsets_B1)
-    if batch.ids_T.is_cuda:
-        torch.cuda.synchronize()
-
-
-def training_mib(model: Model, batch: Batch) -> float:
-    """What one step keeps for its backward pass, beside weights: the same on every device."""
-    model.train()
-
-    def run() -> Tensor:
-        output = model(batch.ids_T, batch.position_T, batch.offsets_B1)
-        return token_loss(output.logits, batch.target_N)
-
-    return kept_bytes(run, model.parameters()) / 2**20

@@ -21,6 +21,7 @@ class Task:
         its first one.
     noun: what a sequence is.
     metric: of an EvalRecord.
+    on_gpu: keys set on a GPU alone, which idles on a model that a CPU can train.
     """
 
     config: str
@@ -30,6 +31,7 @@ class Task:
     routings: dict[str, RoutingConfig]
     noun: str
     metric: str = "accuracy"
+    on_gpu: tuple[str, ...] = ()
 
 
 def _shares(kind: str, keeps: Sequence[float], **more: Any) -> dict[str, RoutingConfig]:
@@ -56,12 +58,10 @@ _IMDB = ("train.eval_rows=2000", "data.seq_len=512", "train.batch=16")
 _COLA = ("train.eval_rows=2000", "data.seq_len=64")
 # as in the paper of token-selective attention
 _TSA = (
-    "model.layers=6",
-    "model.dim=256",
-    "model.hidden=1024",
+    "model.layers=6", "model.dim=256", "model.heads=4", "model.kv_heads=2", "model.hidden=1024",
     "model.moe=null",
-    "run.record=false",
-)
+)  # fmt: skip
+_WIDE = ("model.layers=6", "model.dim=256", "model.hidden=1024", "train.batch=32")
 _CASCADE = {
     f"{kind}-first{first}/0.5": routing
     for kind in ("prune", "skip", "leap")
@@ -82,8 +82,8 @@ TASKS = {
     ),
     "imdb": Task(
         "sst2", _IMDB, 300, 100,
-        _shares("halt", (0.5,)) | _shares("leap", (0.5, 0.25)) | _shares("prune", (0.5,)),
-        "reviews",
+        _shares("prune", (0.3, 0.5)) | _shares("halt", (0.25, 0.15)) | _shares("leap", (0.5, 0.25)),
+        "reviews", on_gpu=_WIDE,
     ),
     "enwik8": Task(
         "skip", _ENWIK8, 300, 150,

@@ -14,7 +14,6 @@ joined.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from moe_router.config import RoutingConfig
 from moe_router.routing import Context
-from moe_router.routing.depth import Kept, flops_of, keep_counted
+from moe_router.routing.depth import Kept, flops_of, keep_counted, share_of
 from moe_router.routing.plan import plan_from_ids
 from moe_router.routing.score import make_score
 from moe_router.types import Plan, Tokens
@@ -99,13 +98,22 @@ class Merge(nn.Module):
 
     def _merged(self, key_TC: Tensor, offsets_B1: Tensor, lengths: Sequence[int]) -> Merged:
         similar_T, partner_T = match(key_TC, offsets_B1, max(lengths, default=0))
-        leave = [n - kept_of(n, self.config.keep) for n in lengths]
-        return join(similar_T, partner_T, offsets_B1, lengths, leave)
+        keep = self.config.keep
+        stay = [kept_of(n, keep) for n in lengths]
+        return join(similar_T, partner_T, offsets_B1, stay, kept_of_each(offsets_B1, keep))
 
 
 def kept_of(n: int, keep: float) -> int:
     """How many of n tokens are left; at least the first, and a half of the others."""
-    return max(math.ceil(Fraction(str(keep)) * n), n - max(n - 1, 0) // 2)
+    return max(math.ceil(share_of(keep) * n), n - max(n - 1, 0) // 2)
+
+
+def kept_of_each(offsets_B1: Tensor, keep: float) -> Tensor:
+    """(B,) the same of each sequence, on the device: a copy from the host could not be part of a
+    CUDA graph."""
+    share, length_B = share_of(keep), offsets_B1.diff().long()
+    part_B = -(-share.numerator * length_B // share.denominator)
+    return torch.maximum(part_B, length_B - (length_B - 1).clamp(min=0) // 2)
 
 
 def match(key_TC: Tensor, offsets_B1: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -145,12 +153,14 @@ def join(
     similar_T: Tensor,
     partner_T: Tensor,
     offsets_B1: Tensor,
-    lengths: Sequence[int],
-    leave: Sequence[int],
+    stay: Sequence[int],
+    stay_B: Tensor,
 ) -> Merged:
-    """The `leave` most similar tokens of each sequence join their partners."""
-    stay = [n - r for n, r in zip(lengths, leave, strict=True)]
-    stay_B = torch.tensor(stay).to(similar_T.device, non_blocking=True)
+    """All but so many tokens of each sequence join their partners, the most similar ones.
+
+    Args:
+        stay, stay_B: how many do not, on the host and on the device.
+    """
     kept = keep_counted(-similar_T, offsets_B1, stay, stay_B)
     row_T = kept.plan.row_TK[:, 0]
     slot_T = torch.where(row_T < 0, row_T[partner_T], row_T)

@@ -117,6 +117,11 @@ def flops_of(router: nn.Module, tokens: int) -> int:
     return 2 * tokens * sum(p.numel() for p in router.parameters() if p.dim() > 1)
 
 
+def share_of(keep: float) -> Fraction:
+    """0.6 means 3/5: in floats, 0.6 of 5 tokens is rounded up to 4."""
+    return Fraction(str(keep)).limit_denominator(FINEST)
+
+
 def keep_best(
     logit_T: Tensor, offsets_B1: Tensor, lengths: Sequence[int], keep: float, least: int = 0
 ) -> Kept:
@@ -126,9 +131,8 @@ def keep_best(
         lengths: of the sequences, on the host, so that nothing waits for the device.
         least: tokens of a sequence to keep, if it has so many.
     """
-    # 0.6 means 3/5: in floats, 0.6 of 5 tokens is rounded up to 4. Counted twice, here and on the
-    # device: a copy from here could not be part of a CUDA graph
-    share = Fraction(str(keep)).limit_denominator(FINEST)
+    # counted twice, here and on the device: a copy from here could not be part of a CUDA graph
+    share = share_of(keep)
     kept = [min(n, max(math.ceil(share * n), least)) for n in lengths]
     length_B = offsets_B1.diff().long()
     part_B = -(-share.numerator * length_B // share.denominator)

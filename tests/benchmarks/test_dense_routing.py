@@ -13,11 +13,13 @@ from benchmarks import (
     dense_routing_table,
     depth_files,
     depth_measure,
+    depth_rows,
     depth_tasks,
     results,
 )
 from benchmarks.depth_bench import Bench, TimeOver, equal_flops
 from benchmarks.depth_files import files_of
+from benchmarks.depth_lanes import Lane, run_lanes
 from benchmarks.depth_measure import dense_flops
 from benchmarks.depth_tasks import settings
 from benchmarks.timing import Deadline
@@ -42,7 +44,8 @@ def folder(tmp_path, monkeypatch):
     task = replace(depth_tasks.TASKS["fashion"], steps=2, tune=1, routings=ROUTINGS)
     monkeypatch.setitem(depth_tasks.TASKS, "fashion", task)
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(dense_routing, "BATCHES", (2, 4))
+    few = {"cpu": (2, 4), "cuda": (2, 4)}
+    monkeypatch.setattr(depth_rows, "BATCHES", few)
     yield tmp_path
     torch.set_num_threads(1)
 
@@ -101,6 +104,27 @@ def test_a_training_ends_when_its_time_is_over(folder):
         late.measured(settings(late.task)[0], 0)
 
 
+def test_a_run_that_fails_is_told_and_others_go_on(folder, capsys):
+    """One process for both: the second lane is another's, whose file is missing."""
+    here = folder / "fashion"
+    files = (*files_of("fashion", here, folder / "runs"), *TINY)
+    lane = Lane("fashion", folder / "runs", here, files, "cpu", 1.0, Deadline(60), row="dense")
+    broken = replace(lane, more=(*files, "data.path=nowhere"))
+    run_lanes([(0, broken), (0, lane)], workers=1)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("fashion/dense, seed 0: DataError: ")
+    assert " s: fashion/dense, seed 0: 0." in said[1]
+
+
+def test_every_task_makes_a_config_on_each_device(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.depth_bench.load_dataset", lambda data: None)
+    for name, task in depth_tasks.TASKS.items():
+        for device in ("cpu", "cuda"):
+            bench = Bench(name, tmp_path, ["data.path=x", "data.tokenizer=bytes"], device)
+            for setting in settings(task):
+                assert bench.config(setting, 0).model.routing == setting.routing
+
+
 def test_small_copies_of_the_files_are_read(tmp_path):
     """Reviews of both labels, judgements of one line each, images that keep their labels."""
     source, to = tmp_path / "from", tmp_path / "to"
@@ -143,9 +167,14 @@ def test_flops_of_tokens_are_those_of_the_ledger_and_a_wrong_count_is_caught(fol
 
 @pytest.mark.gpu
 def test_a_row_on_a_gpu(folder):
-    rows = run(folder, "--only", "fashion/prune/0.6,fashion/prune/0.6/equal", "--device", "cuda")
-    ours = rows["fashion/prune/0.6"]
-    assert ours["flops_speedup"] > 1.2 and ours["many"]["speedup"] > 0
+    """Both passes are CUDA graphs."""
+    only = "fashion/prune/0.6,fashion/prune/0.6/equal,fashion/merge/0.7"
+    rows = run(folder, "--only", only, "--device", "cuda")
+    for name in ("prune/0.6", "merge/0.7"):
+        ours = rows[f"fashion/{name}"]
+        assert ours["flops_speedup"] > 1.2 and ours["many"]["speedup"] > 0
+        assert ours["graphs"] == ["ours", "dense"] and ours["inference_mib"] > 0
+        assert ours["many"]["joules_per_1000"] > 0
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])

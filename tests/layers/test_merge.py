@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_router import Context, Ledger
 from moe_router.config import RoutingConfig
 from moe_router.errors import ConfigError
-from moe_router.layers.merge import Merge, kept_of, unmerge
+from moe_router.layers.merge import Merge, kept_of, kept_of_each, unmerge
 from moe_router.models.attend import _more_channels, attend_packed
 from moe_router.models.packing import Packing
 from moe_router.types import Tokens
@@ -89,6 +89,9 @@ def test_more_than_can_leave_is_a_half_of_all_but_the_first(n):
     assert kept_of(n, 0.5) == n - max(n - 1, 0) // 2
     assert kept_of(n, 1.0) == n
     assert kept_of(n, 0.8) == max(math.ceil(n * 8 / 10), n - max(n - 1, 0) // 2)
+    bounds = torch.tensor([0, n, 2 * n], dtype=torch.int32)
+    for keep in (0.5, 0.6, 0.75, 1.0):
+        assert kept_of_each(bounds, keep).tolist() == [kept_of(n, keep)] * 2
     tokens, key_TJC = batch([n])
     merged = Merge(D, C, config(keep=0.5))(tokens, key_TJC, [n], Context())
     assert merged.kept.lengths == (kept_of(n, 0.5),)
