@@ -136,36 +136,31 @@ def test_a_job_that_fails_is_one_line_and_exit_code_1(submitted):
 
 def test_jobs_are_listed_and_followed_again(submitted, address, tmp_path):
     id = re.search(r"a-good-one-[0-9a-f]{6}", submitted[1][1])[0]
-    code, out, err = command("jobs", "--address", address, cwd=tmp_path)
+    at = ("--address", address)
+    every = [start("jobs", *more, *at, cwd=tmp_path) for more in ((), (id,), ("--stop", id))]
+    (code, out, err), followed, stopped = map(finish, every)
     assert (code, err) == (0, "")
     rows = [line.replace("│", " ").split() for line in out.splitlines() if "│" in line]
     assert {"bad", "failed"} < set(next(row for row in rows if row[0].startswith("bad-")))
     assert {id, "succeeded"} < set(next(row for row in rows if row[0] == id))
-    code, again, err = command("jobs", id, "--address", address, cwd=tmp_path)
-    assert (code, err) == (0, "")
-    assert again == submitted[1][1].partition("\n")[2]
-    code, out, err = command("jobs", "--stop", id, "--address", address, cwd=tmp_path)
-    assert (code, out, err) == (0, f"{id} had ended already\n", "")
+    assert followed == (0, submitted[1][1].partition("\n")[2], "")
+    assert stopped == (0, f"{id} had ended already\n", "")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "env", "said"),
-    [
-        (["nope-1"], {}, "nope-1: no such job at http://{at}; `moe-router jobs --address"),
-        (["--stop", "nope-1"], {}, "nope-1: no such job at http://{at}; `moe-router jobs"),
-        ([], {"RAY_AUTH_TOKEN": "8" * 64}, "--address=http://{at}: the cluster refuses this token"),
-        (
-            [],
-            {"RAY_AUTH_MODE": "disabled"},
-            "--address=http://{at}: the cluster wants a token; `ra",
-        ),
-    ],
-)
-def test_what_the_server_refuses_is_one_line(address, tmp_path, arguments, env, said):
-    code, out, err = command("jobs", *arguments, "--address", address, cwd=tmp_path, **env)
-    assert (code, out) == (1, "")
-    assert err.startswith(f"error: {said.format(at=address.removeprefix('http://'))}")
-    assert err.count("\n") == 1
+def test_what_the_server_refuses_is_one_line(address, tmp_path):
+    unknown = f"nope-1: no such job at {address}; `moe-router jobs --address"
+    cases = [
+        (["nope-1"], {}, unknown),
+        (["--stop", "nope-1"], {}, unknown),
+        ([], {"RAY_AUTH_TOKEN": "8" * 64}, f"--address={address}: the cluster refuses this token"),
+        ([], {"RAY_AUTH_MODE": "disabled"}, f"--address={address}: the cluster wants a token; `ra"),
+    ]
+    asked = [
+        start("jobs", *what, "--address", address, cwd=tmp_path, **env) for what, env, _ in cases
+    ]
+    for (code, out, err), (_, _, said) in zip(map(finish, asked), cases, strict=True):
+        assert (code, out) == (1, "")
+        assert err.startswith(f"error: {said}") and err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -117,14 +117,12 @@ def test_a_killed_actor_leaves_no_trace_in_the_weights(tiny, clean):
     assert (entry["actor"], entry["step"], entry["from_step"]) == ("1", 7, 5)
 
 
-@pytest.mark.parametrize(("method", "count", "rank"), [("save", 1, 0), ("evaluate", 3, 1)])
-def test_an_actor_may_die_in_a_checkpoint_or_an_evaluation(
-    tiny, clean, meddle, method, count, rank
-):
-    meddle(method, count, lambda group: group.kill(rank))
+def test_an_actor_may_die_in_a_checkpoint_and_in_an_evaluation(tiny, clean, meddle):
+    meddle("save", 1, lambda group: group.kill(0))
+    meddle("evaluate", 3, lambda group: group.kill(1))
     config = tiny(eval_every=4)
     done, said = run(config)
-    assert done and f"actor {rank} lost at step " in said
+    assert done and "actor 0 lost at step " in said and "actor 1 lost at step " in said
     equal_to(clean, config)
 
 
@@ -153,11 +151,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny, clean, meddle):
     equal_to(clean, config)
 
 
-def test_a_run_goes_on_with_another_number_of_actors(tiny, meddle):
-    meddle("run", 3, lambda group: os.kill(os.getpid(), signal.SIGINT))
-    assert not run(tiny(actors=2))[0]
+def test_a_run_that_gave_up_goes_on_with_another_number_of_actors(tiny):
+    with pytest.raises(ClusterError, match=r"at step 7: loss number 1, want at most 0 \(cluster"):
+        run(tiny(cluster={"max_recoveries": 0}), kill="1@0.6")
     done, said = run(tiny(actors=1))
-    assert done and "going on from step " in said and "1 actor on cpu" in said
+    assert done and "going on from step 5" in said and "1 actor on cpu" in said
 
 
 def test_a_loss_that_is_not_finite_reaches_the_user_as_it_was_raised(tiny):

@@ -1,4 +1,4 @@
-"""One story with the real programs: train on two actors and lose one, go on, serve on two actors,
+"""One story with the real programs: train on two actors and lose one, serve on two actors,
 ask by HTTP and gRPC, route from outside, inspect."""
 
 import json
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.timeout(240)
 ASKED = {"max_tokens": 16, "temperature": 0.8, "seed": 4}
 
 
-def moe_router(*arguments, cwd, code=0):
+def moe_router(*arguments, cwd):
     """Run the command to its end; what it said."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS), "COLUMNS": "200"}
     command = [sys.executable, "-m", "moe_router_cluster.cli", *arguments]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -65,17 +65,12 @@ def ask_by_grpc(server, run):
     return "".join(event.text for event in events), tokens, reply
 
 
-def test_train_lose_resume_serve_generate_route_inspect(tiny, tmp_path):
+def test_train_lose_recover_serve_generate_route_inspect(tiny, tmp_path):
     room = tmp_path
     config = tiny(name="card", steps=12)
     (room / "card.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config_to_dict(config)))))
 
-    # a run that may lose nobody ends with its actor; the next one goes on from the checkpoint
-    no_mercy = ["--kill", "1@0.6", "--set", "cluster.max_recoveries=0"]
-    said = moe_router("train", "card.yaml", *no_mercy, cwd=room, code=1)
-    assert "error: " in said
     said = moe_router("train", "card.yaml", "--kill", "1@0.8", cwd=room)
-    assert "going on from step 5" in said
     assert re.search(r"actor 1 killed at step \d+, recovered in \d+\.\d s", said)
     run = room / "runs" / "card"
     summary = json.loads((run / "summary.json").read_text())
