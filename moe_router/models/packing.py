@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_router.models.transfer import upload
 from moe_router.routing.blocks import Blocks
 
 # tokens; forward and backward on 2 CPU cores, one masked grid against a call per document: half
@@ -148,11 +149,12 @@ def _share_rows(lengths: list[int], device: torch.device, causal: bool) -> Piece
     if rows < len(lengths) or not (causal or exact):
         owner = torch.full((rows * width,), -1)
         owner[cell_T] = torch.arange(len(lengths)).repeat_interleave(length_B)
-        owner_RW = owner.view(rows, width)
+        owner_RW = upload(owner.view(rows, width), device)
         # unused cells see each other, so that no softmax is over nothing
         same_RWW = owner_RW[:, :, None] == owner_RW[:, None, :]
-        mask = (same_RWW.tril() if causal else same_RWW)[:, None].to(device)
-    return Piece(sum(lengths), rows, width, None if exact else cell_T.to(device), mask)
+        mask = (same_RWW.tril() if causal else same_RWW)[:, None]
+    cells = None if exact else upload(cell_T, device)
+    return Piece(sum(lengths), rows, width, cells, mask)
 
 
 def _full_width(lengths: list[int]) -> int | None:
