@@ -4,11 +4,21 @@ who choose it import it."""
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
 
 _log = logging.getLogger(__name__)
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def constant_while_tracing(function: _F) -> _F:
+    """`torch.compiler.assume_constant_result`, which imports the compiler: one second of every
+    process. While torch.compile traces, the function runs once and its result is a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -33,10 +43,7 @@ def uses_triton(op: str, kernels: str, device: torch.device, uncovered: str = ""
     return not why
 
 
-# while torch.compile traces, both run once and their results are constants
-
-
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _obstacle(device: torch.device) -> str:
     if not _has_triton():
         return "Triton is not installed"
@@ -45,7 +52,7 @@ def _obstacle(device: torch.device) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _say(op: str, kernels: str, why: str) -> None:
     _say_once(op, kernels, why)
 

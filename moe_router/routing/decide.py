@@ -2,10 +2,10 @@
 
 from fractions import Fraction
 
-import torch
 from torch import Tensor
 
 from moe_router.config import RouterConfig
+from moe_router_kernels.choose import constant_while_tracing
 
 
 def capacity(tokens: int, config: RouterConfig, default: float = 1.0) -> int:
@@ -16,7 +16,7 @@ def capacity(tokens: int, config: RouterConfig, default: float = 1.0) -> int:
     return min(tokens, mean)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_tracing
 def _ratio(factor: float) -> tuple[int, int]:
     """1.1 means 11/10: in floats, 1.1 times a mean load of 10 is rounded up to 12."""
     return Fraction(str(factor)).as_integer_ratio()

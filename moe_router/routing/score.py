@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_router.config import RouterKind
 from moe_router_kernels import reference
+from moe_router_kernels.choose import constant_while_tracing
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def _widening_mm(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_tracing
 def _widens(dtype: torch.dtype) -> bool:
     return _widens_here(dtype)
 
