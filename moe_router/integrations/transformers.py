@@ -24,6 +24,7 @@ from moe_router_kernels import (
     runs_expert_mlp,
 )
 from moe_router_kernels.choose import uses_triton
+from moe_router_kernels.reference import wide
 
 NAME = "moe_router"
 
@@ -128,7 +129,8 @@ def _by_parts(
         weight = weight.to(rows.dtype)
         out = grouped_mm(rows, weight if self.is_transposed else weight.mT, offsets_G1)
         if bias_EF is not None:
-            out = out + bias_EF[expert_R].to(out.dtype)
+            # in fp32, for the gradient of a bias adds up all rows of its expert
+            out = (out + wide(bias_EF)[expert_R]).to(out.dtype)
         return out if absent_R1 is None else out.masked_fill(absent_R1, 0.0)
 
     rows_RD = gather(x_TD, src_R, row_TK)

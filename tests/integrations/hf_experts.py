@@ -1,5 +1,6 @@
 """Every module of experts in the installed transformers, small, without a model around it."""
 
+import copy
 import importlib
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def classes(module):
     ]
 
 
+def some(known):
+    """A plain one, transposed, without a gate, with biases and a gate of its own, with a norm.
+
+    5.17 does not have all of them.
+    """
+    names = (
+        "mixtral.modeling_mixtral", "aria.modeling_aria", "nemotron_h.modeling_nemotron_h",
+        "gpt_oss.modeling_gpt_oss", "muse_spark.modeling_muse_spark",
+    )  # fmt: skip
+    return [name for name in names if name in known]
+
+
 def made(kind, dtype=torch.float32, device="cpu"):
     torch.manual_seed(0)
     experts = kind(Tiny())
@@ -71,3 +84,46 @@ def run(experts, implementation, x_TD, ids_TK, weight_TK):
     out = experts(x_TD, ids_TK, weight_TK)
     leaves = [x_TD, weight_TK, *experts.parameters()]
     return [out, *torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True)]
+
+
+def same(ours, wanted, tolerance=1e-4):
+    """Each tensor equals the other, or both are missing."""
+    for one, other in zip(ours, wanted, strict=True):
+        if one is None or other is None:
+            assert one is other
+        else:
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def away_TK(share, T=11, K=2):
+    """Which choices are for experts of other ranks."""
+    return torch.rand(T, K, generator=torch.Generator().manual_seed(3)) < share
+
+
+def run_spread(experts, implementation, away_TK, x_TD, ids_TK, weight_TK):
+    """`run` where some choices are for experts of other ranks, whose weights are 0.
+
+    Expert parallelism marks those by ids past the last expert. Not every `eager` knows such ids, so
+    it keeps the ids, and what it says of weights that nobody uses is left out.
+    """
+    weight_TK = weight_TK.detach().masked_fill(away_TK, 0.0).requires_grad_()
+    if implementation != "eager":
+        experts._is_expert_parallel = True
+        ids_TK = ids_TK.masked_fill(away_TK, experts.num_experts)
+    out = run(experts, implementation, x_TD, ids_TK, weight_TK)
+    if implementation == "eager":
+        out[2] = out[2].masked_fill(away_TK, 0.0)
+    return out
+
+
+def exact(experts, away_TK, x_TD, ids_TK, weight_TK):
+    """`run_spread` by `eager` in fp64, with the weights and inputs as they were rounded."""
+    wide = copy.deepcopy(experts).to("cpu", torch.float64)
+    x_TD, weight_TK = (t.detach().to("cpu", torch.float64) for t in (x_TD, weight_TK))
+    return run_spread(wide, "eager", away_TK, x_TD.requires_grad_(), ids_TK.cpu(), weight_TK)
+
+
+def errors(got, wanted):
+    """How far each tensor is from what is wanted, as a share of it."""
+    pairs = [(a.double().cpu(), b) for a, b in zip(got, wanted, strict=True) if b is not None]
+    return [float((a - b).norm() / b.norm().clamp(min=1e-9)) for a, b in pairs]
