@@ -10,9 +10,7 @@ from moe_router.cli import INTERRUPTED, Run, Set, app, one_line_errors
 
 __all__ = ["app"]
 
-Address = Annotated[
-    str, typer.Option(metavar="URL", help="http://HOST:PORT of the cluster's dashboard")
-]
+_ADDRESS = typer.Option(metavar="URL", help="http://HOST:PORT of the cluster's dashboard")
 
 
 @app.command()
@@ -30,12 +28,21 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="move an older run of this name aside")
     ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="in the background; `moe-router jobs` shows it")
+    ] = False,
 ) -> None:
     """Train across Ray actors. The same command goes on where a run was stopped."""
     with one_line_errors():
         from moe_router.config_file import load_config
 
         read = load_config(config, set_ or ())
+        if detach:
+            from moe_router_cluster.local_jobs import LocalJobs
+
+            sent = LocalJobs().submit(read, kill=kill, restart=restart)
+            typer.echo(f"{sent} trains in the background; look: moe-router jobs {sent}")
+            return
         from moe_router_cluster.train import train as run  # slow: a bad config is told before
 
         try:
@@ -50,7 +57,7 @@ def train(
 @app.command()
 def submit(
     config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
-    address: Address,
+    address: Annotated[str, _ADDRESS],
     set_: Set = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="move an older run of this name aside")
@@ -73,18 +80,19 @@ def submit(
 
 @app.command("jobs")
 def list_or_follow(
-    address: Address,
     job: Annotated[str | None, typer.Argument(help="follow this one; none: list all")] = None,
+    address: Annotated[str | None, _ADDRESS] = None,
     stop: Annotated[
         str | None, typer.Option(metavar="JOB", help="end this one; it saves a checkpoint first")
     ] = None,
 ) -> None:
-    """List the jobs of a cluster, follow one again, or stop one."""
+    """List the jobs of a cluster, or without --address of this machine; follow or stop one."""
     with one_line_errors():
-        from moe_router_cluster.follow import follow, job_table
+        from moe_router_cluster.follow import AnyJobs, follow, job_table
         from moe_router_cluster.jobs import Jobs
+        from moe_router_cluster.local_jobs import LocalJobs
 
-        jobs = Jobs(address)
+        jobs: AnyJobs = LocalJobs() if address is None else Jobs(address)
         if stop is not None:
             asked = jobs.stop(stop)
             typer.echo(f"{stop} {'saves a checkpoint and ends' if asked else 'had ended already'}")

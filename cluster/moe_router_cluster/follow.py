@@ -1,4 +1,4 @@
-"""Following a job of a cluster: its log as it comes, with a bar on a terminal, until it ends.
+"""Following a job: its log as it comes, with a bar on a terminal, until it ends.
 
 Nothing here touches the job: who stops looking can look again, from the beginning of the log.
 """
@@ -6,7 +6,8 @@ Nothing here touches the job: who stops looking can look again, from the beginni
 import asyncio
 import re
 import time
-from typing import Self
+from collections.abc import AsyncIterator
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -14,13 +15,28 @@ from rich.table import Table
 
 from moe_router.cli import INTERRUPTED
 from moe_router.errors import ClusterError
-from moe_router_cluster.jobs import Job, Jobs
+from moe_router_cluster.jobs import Job
 from moe_router_cluster.progress import TwoLines, clock
 
 _STEP = re.compile(r"step (\d+)/(\d+) \(\d+%\)  (.*)")  # as progress.View prints it
 _AGAIN_S = 1.0  # after a lost connection
 _TRIES = 30  # times that nothing new came before we give up on a cluster
 _EXIT = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": INTERRUPTED}
+
+
+class AnyJobs(Protocol):
+    """Those of a cluster, or of this machine.
+
+    Attributes:
+        option: what `moe-router jobs` wants to find them.
+    """
+
+    @property
+    def option(self) -> str: ...
+    def all(self) -> list[Job]: ...
+    def get(self, id: str) -> Job: ...
+    def stop(self, id: str) -> bool: ...
+    def tail(self, id: str) -> AsyncIterator[str]: ...
 
 
 class LogView:
@@ -73,7 +89,7 @@ class LogView:
         self._bar.update(self._task, completed=int(step[1]), description=step[3])
 
 
-def follow(jobs: Jobs, id: str, console: Console) -> int:
+def follow(jobs: AnyJobs, id: str, console: Console) -> int:
     """Show a job's log until the job ends; Ctrl-C lets it go on alone.
 
     Returns:
@@ -84,13 +100,13 @@ def follow(jobs: Jobs, id: str, console: Console) -> int:
         ClusterError: the job failed, there is no such job, or the cluster is gone.
     """
     job = jobs.get(id)
-    again = f"moe-router jobs {id} --address {jobs.address}"
+    again = f"moe-router jobs {id}{jobs.option}"
     try:
         with LogView(console) as view:
             job = _until_over(jobs, job, view, again)
     except KeyboardInterrupt:
         _say(console, f"detached; {id} goes on. Look again: {again}")
-        _say(console, f"stop it: moe-router jobs --stop {id} --address {jobs.address}")
+        _say(console, f"stop it: moe-router jobs --stop {id}{jobs.option}")
         return INTERRUPTED
     if job.state == "FAILED":
         raise ClusterError(f"{id} failed: {job.message}; its log is above, and by {again}")
@@ -107,7 +123,7 @@ def job_table(found: list[Job]) -> Table:
     return table
 
 
-def _until_over(jobs: Jobs, job: Job, view: LogView, again: str) -> Job:
+def _until_over(jobs: AnyJobs, job: Job, view: LogView, again: str) -> Job:
     """Tail the log, anew wherever the connection breaks, until the job is over."""
     import aiohttp  # comes with Ray's job client
 
@@ -131,8 +147,8 @@ def _until_over(jobs: Jobs, job: Job, view: LogView, again: str) -> Job:
         time.sleep(_AGAIN_S)
 
 
-async def _tail(jobs: Jobs, id: str, view: LogView) -> None:
-    async for text in jobs.client.tail_job_logs(id):
+async def _tail(jobs: AnyJobs, id: str, view: LogView) -> None:
+    async for text in jobs.tail(id):
         view.feed(text)
 
 

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -98,12 +98,11 @@ class Jobs:
             ClusterError: the server refuses it.
         """
         there = for_cluster(config)
-        name = re.sub(r"[^\w.-]+", "-", config.run.name)
         with _packed(there) as folder, self.explained():
             sent: str = self.client.submit_job(
-                entrypoint="python -m moe_router_cluster.keep train config.yaml"
+                entrypoint="python -m moe_router_cluster.keep - train config.yaml"
                 + " --restart" * restart,
-                submission_id=f"{name}-{secrets.token_hex(3)}",
+                submission_id=new_id(config.run.name),
                 metadata={"run": config.run.name},
                 runtime_env={
                     "working_dir": str(folder),
@@ -129,6 +128,16 @@ class Jobs:
         with self.explained(id):
             return bool(self.client.stop_job(id))
 
+    def tail(self, id: str) -> AsyncIterator[str]:
+        """The log from its beginning, as it grows, until the job is over or the line breaks."""
+        log: AsyncIterator[str] = self.client.tail_job_logs(id)
+        return log
+
+    @property
+    def option(self) -> str:
+        """What `moe-router jobs` wants to find this cluster."""
+        return f" --address {self.address}"
+
     @contextlib.contextmanager
     def explained(self, id: str = "") -> Iterator[None]:
         """What Ray's client raises, as one line of ours."""
@@ -152,6 +161,12 @@ class Jobs:
                 f"{at}: {_first_line(error).rstrip('.')}; want the dashboard of a Ray cluster "
                 "whose head is up"
             ) from error
+
+
+def new_id(run: str) -> str:
+    """Of a job that trains this run."""
+    name = re.sub(r"[^\w.-]+", "-", run)
+    return f"{name}-{secrets.token_hex(3)}"
 
 
 def for_cluster(config: Config) -> Config:

@@ -1,6 +1,8 @@
 """Keeps a submitted training alive: starts its driver again when it is killed.
 
-    python -m moe_router_cluster.keep train config.yaml
+    python -m moe_router_cluster.keep ENDED train config.yaml
+
+ENDED: a file to write the exit code to in the end; - for none.
 
 A driver that ends by itself, well or with an error, has ended the run; one that a signal ended (the
 kernel short of memory, somebody's kill -9) has not, and the same command goes on from the newest
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 _RESTART = "--restart"  # moves an older run aside: only the first driver may
@@ -45,16 +48,24 @@ class Keeper:
             if code >= 0:
                 return code
             in_vain = in_vain + 1 if time.monotonic() - began < _SHORT_S else 1
-            if self._stopped or in_vain == _MOST:
+            if not self._stopped and in_vain < _MOST:
+                name = signal.Signals(-code).name
+                print(f"the driver was killed ({name}); it starts again", flush=True)
+                self._command = [word for word in self._command if word != _RESTART]
+                time.sleep(_PAUSE_S)
+            if self._stopped or in_vain == _MOST:  # it may have been stopped in the pause
                 return 128 - code
-            name = signal.Signals(-code).name
-            print(f"the driver was killed ({name}); it starts again", flush=True)
-            self._command = [word for word in self._command if word != _RESTART]
-            time.sleep(_PAUSE_S)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._stopped = True
 
 
+def main(ended: str, *arguments: str) -> int:
+    code = Keeper([sys.executable, "-m", "moe_router_cluster.cli", *arguments]).run()
+    if ended != "-":
+        Path(ended).write_text(str(code))
+    return code
+
+
 if __name__ == "__main__":
-    raise SystemExit(Keeper([sys.executable, "-m", "moe_router_cluster.cli", *sys.argv[1:]]).run())
+    raise SystemExit(main(*sys.argv[1:]))
