@@ -113,6 +113,17 @@ def test_a_run_publishes_its_routers_and_its_load(tiny, silent, after_run):
         until(lambda: find_gating("shown") is None)
 
 
+@pytest.mark.slow
+def test_every_set_of_experts_reports_and_a_lost_rank_of_the_second_comes_back(tiny, after_run):
+    seen = []
+    after_run(range(1, 20), lambda _: seen.append(ray.get(find_gating("sets").snapshot.remote())))
+    config = tiny(name="sets", checkpoint_every=4, eval_every=1, cluster={"expert_ranks": 1})
+    assert run(config, kill="1@6")
+    whole = [held for held in seen if held.step == 8 and held.alive == (0, 1)]
+    assert whole and whole[-1].placements == (Placement(((0, 1, 2, 3),) * 2),) * 2
+    assert float(whole[-1].load_LE.sum()) == pytest.approx(2 * 4 * 32 * 2)  # as of one set
+
+
 def test_a_client_routes_by_the_model_that_trains(tiny, after_run):
     x_TD = torch.randn(6, 32)
 

@@ -20,6 +20,16 @@ def shared(rank, ranks, config):
     return state, trainer.own_load_LE, record.load_LE
 
 
+def reported(state, *loads):
+    """What the service says when each rank has told its load."""
+    service = GatingService()
+    service.publish(**state)
+    for rank, load_LE in enumerate(loads):
+        service.report_load(rank, 1, load_LE)
+    assert service.load().alive == tuple(range(len(loads)))
+    return service.load().load_LE
+
+
 @pytest.mark.parametrize("dense", ["replicated", "fsdp"])
 def test_routers_are_published_whole_and_loads_apart(dense):
     config = work.tiny(dense=dense)
@@ -33,6 +43,13 @@ def test_routers_are_published_whole_and_loads_apart(dense):
         ours, theirs = split.build().state_dict(), whole.build().state_dict()
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=2e-5)
-    assert (load_LE + other_LE).tolist() == total_LE
     assert not torch.equal(load_LE, other_LE)
-    GatingService().publish(**one)
+    assert reported(one, load_LE, other_LE).tolist() == total_LE
+
+
+def test_every_rank_of_several_sets_of_experts_is_heard():
+    config = work.tiny(cluster={"actors": 2, "expert_ranks": 1})
+    (one, load_LE, total_LE), (_, other_LE, _) = run_ranks(2, shared, config)
+    every = tuple(range(config.model.moe.experts))
+    assert one["placements"] == [Placement((every, every))] * len(one["routers"])
+    assert reported(one, load_LE, other_LE).tolist() == total_LE
