@@ -8,7 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 import moe_router  # noqa: E402
 from moe_router_kernels import choose  # noqa: E402
-from tests.integrations import hf_experts  # noqa: E402
+from tests.integrations import hf_experts, hf_models  # noqa: E402
 
 moe_router.register_transformers()
 SOME = hf_experts.some(hf_experts.modules())
@@ -26,34 +26,9 @@ def test_what_older_transformers_do_not_say_of_a_module_is_not_asked():
         hf_experts.same(hf_experts.run(experts, "moe_router", *problem), wanted)
 
 
-def small(kind, **more):
-    """A model of random weights, by its config class."""
-    sizes = {
-        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 64,
-    }  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**sizes | more)
-    torch.manual_seed(0)
-    return getattr(transformers, f"{kind}ForCausalLM")(config)
-
-
-MODELS = {
-    "Mixtral": {},
-    "Qwen3Moe": {"head_dim": 4, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    "Olmoe": {},
-    "DeepseekV3": {
-        "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
-        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-        "v_head_dim": 4, "num_key_value_heads": 4, "head_dim": 4,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", hf_models.MODELS)
 def test_logits_gradients_and_text_of_whole_models(kind):
-    model = small(kind, **MODELS[kind]).eval()
+    model = hf_models.small(kind).eval()
     ids_BT = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
     seen, texts = [], []
     for name in ("moe_router", "eager"):
@@ -68,7 +43,7 @@ def test_logits_gradients_and_text_of_whole_models(kind):
 
 
 def test_a_saved_model_is_loaded_with_our_experts(tmp_path):
-    model = small("Qwen3Moe", **MODELS["Qwen3Moe"]).eval()
+    model = hf_models.small("Qwen3Moe").eval()
     model.save_pretrained(tmp_path)
     ids_BT = torch.arange(3, 12)[None]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -91,13 +66,13 @@ def test_what_is_not_fused_is_logged_once(caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", hf_models.MODELS)
 def test_bf16_models_on_a_gpu_are_as_close_to_fp32_as_with_eager(kind):
     """Logits and all gradients, in rows wide enough for the fused kernels. Each token goes to all
     experts, so that bf16 cannot choose others than fp32."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
     every = {"num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
-    model = small(kind, **MODELS[kind] | sizes | every).eval()
+    model = hf_models.small(kind, **sizes, **every).eval()
     ids_BT = torch.randint(3, 40, (3, 50), generator=torch.Generator().manual_seed(1))
 
     def run(name):

@@ -13,7 +13,7 @@ from transformers import (
 pytest.importorskip("accelerate")
 import moe_router
 from moe_router.integrations.wrap import load_wrapped
-from tests.integrations import test_experts_backend, test_wrap, test_wrap_decoder, test_wrap_halt
+from tests.integrations import hf_models, test_wrap, test_wrap_decoder, test_wrap_halt
 
 
 def texts(n, **more):
@@ -84,7 +84,7 @@ def test_experts_by_our_backend_learn_what_eager_ones_do(tmp_path):
     moe_router.register_transformers()
     ends = []
     for name in ("moe_router", "eager"):
-        model = test_experts_backend.small("Mixtral")
+        model = hf_models.small("Mixtral")
         model.set_experts_implementation(name)
         assert train(model, texts(12), tmp_path, lr=1e-3)
         ends.append(model.state_dict())
