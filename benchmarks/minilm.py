@@ -1,16 +1,16 @@
 """A pretrained MiniLM from which tokens are pruned: how good its embeddings stay, and how fast.
 
-    python -m benchmarks.minilm --model DIR --data DIR [--only PATTERN] [--seconds S] [--save]
+    python -m benchmarks.minilm --model DIR --data DIR [--device cuda] [--only PATTERN]
+        [--seconds S] [--save]
 
 The model: sentence-transformers/all-MiniLM-L6-v2. The data: sst2/stsa.binary.train and .test,
 banking77/train.csv and test.csv. Routers after the second and the fourth of six layers each leave
-a share `keep` of the tokens. They are taught by the model alone: the pruned embedding of a training
-sentence is to be the full one, and tokens leave gradually. `tuned` teaches all weights with them,
-else the model stays as it is. Then, on other sentences: the cosine with the full embedding, the
-correlation of the similarities of pairs of sentences with those of the full model, the accuracy of
-a linear probe, executed FLOPs by the Ledger, and sentences a second beside the same packed rows
-without pruning, and beside transformers. `frozen` is a random router, `position` one that sees no
-content.
+a share `keep` of the tokens; the model itself stays as it is. They are taught by the model alone:
+the pruned embedding of a training sentence is to be the full one, by trials
+(`moe_router.layers.trial`) or by the gradient of what stays. Then, on other sentences: the cosine
+with the full embedding, the correlation of the similarities of pairs of sentences with those of the
+full model, the accuracy of a linear probe, executed FLOPs by the Ledger, and sentences a second
+beside the same packed rows without pruning, and beside transformers.
 """
 
 import argparse
@@ -23,40 +23,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.contest import tell
+from benchmarks.minilm_models import BATCH, ROWS, Setting, load, routed, teach
 from benchmarks.minilm_tasks import Labelled, Task, probe, read
 from benchmarks.results import Row, provenance, save
 from benchmarks.timing import Deadline, Run, interleave
-from moe_router import Context, Ledger, wrap
+from moe_router import Context, Ledger
 from moe_router.integrations.wrap import set_context
 
-BATCH, STEPS, GRADUAL = 32, 120, 90
-RATE, TUNING = 0.01, 5e-5  # of routers, of the other weights
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One row: what is pruned by which router, and which weights learn."""
-
-    keep: float
-    router: str = "linear"
-    frozen: bool = False
-    tuned: bool = False
-    seeds: int = 1
-
-
-ROWS = {
-    "prune/0.7": Setting(0.7, seeds=3),
-    "prune/0.7/frozen": Setting(0.7, frozen=True, seeds=3),
-    "prune/0.7/position": Setting(0.7, router="position", seeds=3),
-    "prune/0.7/tuned": Setting(0.7, tuned=True),
-    "prune/0.7/tuned/frozen": Setting(0.7, tuned=True, frozen=True),
-    "prune/0.85": Setting(0.85),
-    "prune/0.5": Setting(0.5),
-    "prune/0.5/tuned": Setting(0.5, tuned=True),
-}
+TIMED = {"cpu": (32, torch.float32), "cuda": (512, torch.bfloat16)}  # sentences in a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +48,13 @@ class Full:
     embedded: dict[str, tuple[Tensor, Tensor]]
 
 
-def load(folder: Path, device: str) -> Any:
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(folder).eval().to(device)
-
-
-def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    """(N, D), length 1: the mean of the tokens that are there, normalised."""
+def tokens_of(model: Any, tokenizer: Any, texts: list[str]) -> Any:
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-    inputs = inputs.to(model.device)
+    return inputs.to(model.device)
+
+
+def embed(model: Any, inputs: Any) -> Tensor:
+    """(N, D), length 1: the mean of the tokens that are there, normalised."""
     x_BSD = model(**inputs).last_hidden_state * inputs["attention_mask"][..., None]
     return F.normalize(x_BSD.sum(1), dim=-1)
 
@@ -88,7 +62,10 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 def embed_all(model: Any, tokenizer: Any, rows: Labelled) -> Tensor:
     texts = [text for text, _ in rows]
     with torch.no_grad():
-        parts = [embed(model, tokenizer, texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+        parts = [
+            embed(model, tokens_of(model, tokenizer, texts[i : i + BATCH]))
+            for i in range(0, len(texts), BATCH)
+        ]
     return torch.cat(parts)
 
 
@@ -106,41 +83,6 @@ def prepare(folder: Path, data: Path, device: str) -> Full:
     return Full(folder, tokenizer, device, tasks, embed_all(model, tokenizer, taught), embedded)
 
 
-def routed(full: Full, setting: Setting, seed: int = 0) -> Any:
-    """The model with its routers."""
-    torch.manual_seed(seed)
-    return wrap(
-        load(full.folder, full.device), "prune", keep=setting.keep, router=setting.router,
-        frozen=setting.frozen, curriculum=GRADUAL, freeze=not setting.tuned,
-    )  # fmt: skip
-
-
-def teach(full: Full, model: Any, seed: int) -> None:
-    """The pruned embedding is to be the full one."""
-    learners: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            learners[".router." in name].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": learners[True], "lr": RATE}, {"params": learners[False], "lr": TUNING}]
-    )
-    texts = [text for task in full.tasks.values() for text, _ in task.taught]
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    for step in range(STEPS):
-        set_context(model, Context(step=step))
-        drawn = torch.randint(len(texts), (BATCH,), generator=generator).tolist()
-        got = embed(model, full.tokenizer, [texts[i] for i in drawn])
-        loss = 1 - (got * full.taught_ND[drawn]).sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    model.eval()
-
-
 def score(full: Full, name: str, fitted_ND: Tensor, tested_ND: Tensor) -> dict[str, float]:
     """Embeddings of one task beside the full model's, and a linear probe on them."""
     wanted_ND = full.embedded[name][1]
@@ -154,10 +96,22 @@ def score(full: Full, name: str, fitted_ND: Tensor, tested_ND: Tensor) -> dict[s
     }
 
 
+def with_seed(full: Full, setting: Setting, seed: int) -> Any:
+    """The routed model, taught."""
+    model = routed(full.folder, full.device, setting, seed)
+    texts = [text for task in full.tasks.values() for text, _ in task.taught]
+
+    def missed(drawn: list[int]) -> Tensor:
+        got_BD = embed(model, tokens_of(model, full.tokenizer, [texts[i] for i in drawn]))
+        return 1 - (got_BD * full.taught_ND[drawn]).sum(-1)
+
+    if setting.taught is not None:
+        teach(model, setting.taught, missed, len(texts), seed)
+    return model
+
+
 def one_seed(full: Full, setting: Setting, seed: int) -> dict[str, Any]:
-    model = routed(full, setting, seed)
-    if setting.tuned or not setting.frozen:
-        teach(full, model, seed)
+    model = with_seed(full, setting, seed)
     return {
         name: score(
             full, name, *(embed_all(model, full.tokenizer, x) for x in (task.fitted, task.tested))
@@ -167,21 +121,26 @@ def one_seed(full: Full, setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def speed(full: Full, setting: Setting, rounds: int) -> dict[str, Any]:
-    """Sentences a second in batches of 32, in turn, and the FLOPs that ran over the dense ones."""
-    texts = [text for task in full.tasks.values() for text, _ in task.tested[: BATCH // 2]]
-    pruned, packed = routed(full, setting), routed(full, Setting(1.0))
+    """Sentences a second, in turn, and the FLOPs that ran over the dense ones; on a GPU in bf16."""
+    size, dtype = TIMED[full.device]
+    texts = [text for task in full.tasks.values() for text, _ in task.tested[: size // 2]]
+    routing, packed = (routed(full.folder, full.device, x) for x in (setting, Setting(1.0)))
     models = {
-        "pruned": pruned, "packed": packed, "transformers": load(full.folder, full.device),
+        "routed": routing, "packed": packed, "transformers": load(full.folder, full.device),
     }  # fmt: skip
-    set_context(pruned, Context(ledger=(ledger := Ledger())))
+    inputs = tokens_of(routing, full.tokenizer, texts)
 
     def run(model: Any) -> Run:
-        return lambda: embed(model, full.tokenizer, texts)
+        model.to(dtype)
+        return lambda: embed(model, inputs)
 
     with torch.no_grad():
-        embed(pruned, full.tokenizer, texts)
-        set_context(pruned, Context())
-        timings = interleave({name: run(model) for name, model in models.items()}, rounds=rounds)
+        set_context(routing, Context(ledger=(ledger := Ledger())))
+        embed(routing, inputs)
+        set_context(routing, Context())
+        timings = interleave(
+            {name: run(model) for name, model in models.items()}, rounds=rounds, idle=True
+        )
     executed, dense = ledger.by_op()["blocks"]
     rates = {name: round(len(texts) / timing.median * 1e6, 1) for name, timing in timings.items()}
     return {"executed": round(executed / dense, 3), "a_second": rates}
@@ -189,7 +148,7 @@ def speed(full: Full, setting: Setting, rounds: int) -> dict[str, Any]:
 
 def rows(full: Full, patterns: list[str], deadline: Deadline, rounds: int) -> Iterator[Row]:
     """The full model's probes, and a row for each setting, as it is made."""
-    origin = provenance("cuda" if full.device == "cuda" else "cpu")
+    origin = provenance(full.device)
     plain = {name: score(full, name, *full.embedded[name]) for name in full.tasks}
     yield {"name": "full", "seeds": 1, **plain, "executed": 1.0} | origin
     for name, setting in ROWS.items():
@@ -220,13 +179,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="*", help="rows by shell pattern, several by commas")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each speed")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     deadline = Deadline(args.seconds)
-    full = prepare(args.model, args.data, "cuda" if torch.cuda.is_available() else "cpu")
+    full = prepare(args.model, args.data, args.device)
     for row in rows(full, args.only.split(","), deadline, args.rounds):
         print(row, flush=True)
         if args.save:

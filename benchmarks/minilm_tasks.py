@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TAUGHT, FITTED, TESTED = 1500, 1000, 500  # sentences of each task: routers, probe, scores
+TAUGHT, FITTED, TESTED = 1000, 600, 300  # sentences of each task: routers, probe, scores
 Labelled = list[tuple[str, int]]
 
 

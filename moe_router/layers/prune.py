@@ -42,6 +42,7 @@ def shifted_share(share: float, shift: float) -> float:
     return max(odds / (1 + odds), 1e-6)
 
 
+TRUST = 3.0  # in a trial, of the router's logits beside chance
 LEAST = 1e-20  # mass of a token that nobody sees; its logarithm is finite
 
 
@@ -60,7 +61,15 @@ class Prune(Shifted):
     """Args:
     dim: hidden size D.
     config: decide, keep, threshold, temperature, soft_steps, protect, min_keep and router.
+
+    Attributes:
+        tries: tokens leave by chance, as many as ever; see `layers/trial.py`.
+        left_B: what the router says of those that left each sequence: the sum of their logits.
+            Only their gradient reaches it, and only of passes in which it `tries`.
     """
+
+    tries: bool = False
+    left_B: Tensor | None = None
 
     def __init__(self, dim: int, config: RoutingConfig) -> None:
         super().__init__()
@@ -91,7 +100,10 @@ class Prune(Shifted):
         """
         config = self.config
         order_T, value_T = self._importance(tokens, received_T)
-        rank_T = order_T.detach().masked_fill(tokens.position_T < config.protect, torch.inf)
+        by_T = order_T.detach()
+        if self.tries:  # Gumbel's noise: a draw without replacement by the router's own odds
+            by_T = TRUST * by_T - (-torch.rand_like(by_T).log()).log()
+        rank_T = by_T.masked_fill(tokens.position_T < config.protect, torch.inf)
         least = max(config.protect, config.min_keep)
         if config.decide == "top":
             keep = config.eased(config.keep, context.step if self.training else None)
@@ -115,7 +127,10 @@ class Prune(Shifted):
             if received_T is not None:  # the scores of attention, once more
                 flops += 2 * tokens.x_TD.size(1) * sum(n * n for n in lengths)
             context.ledger.add("router", flops, 0)
-        weight_T1 = weight_T[:, None].masked_fill(kept.target_T1 < 0, 0.0)
+        gone_T1 = kept.target_T1 < 0
+        if self.tries:
+            self.left_B = self._said_of(tokens, gone_T1[:, 0])
+        weight_T1 = weight_T[:, None].masked_fill(gone_T1, 0.0)
         return Choice(kept.target_T1, weight_T1), kept
 
     def mass(self, tokens: Tokens, choice: Choice, kept: Kept) -> Tensor | None:
@@ -127,6 +142,16 @@ class Prune(Shifted):
             size_T = (size_T * tokens.size_T).clamp(min=LEAST)
         rows: Tensor = size_T[kept.plan.src_R]
         return rows
+
+    def _said_of(self, tokens: Tokens, gone_T: Tensor) -> Tensor:
+        """(B,) the sum of the logits of those that leave, with its gradient, even where the model
+        is run without."""
+        with torch.enable_grad():
+            logit_T: Tensor = self.router(tokens.x_TD.detach(), tokens.position_T)
+            gone_T = logit_T.masked_fill(~gone_T, 0.0)
+            bounds = tokens.offsets_B1.long()
+            left_B: Tensor = torch.segment_reduce(gone_T, "sum", offsets=bounds, axis=0)
+        return left_B
 
     def _importance(self, tokens: Tokens, received_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """(T,) the order of the tokens, in which few tie, and their importance: in (0, 1), or

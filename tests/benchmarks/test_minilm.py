@@ -4,14 +4,14 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from benchmarks import minilm, minilm_table, minilm_tasks  # noqa: E402
+from benchmarks import minilm, minilm_models, minilm_table, minilm_tasks  # noqa: E402
 from benchmarks.timing import Deadline  # noqa: E402
 
 WORDS = ["good", "bad", "film", "card", "lost", "money", "my", "a", "is", "the"]
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
+def folder(tmp_path_factory):
     """A model of four layers, and 12 sentences of each task and part."""
     folder = tmp_path_factory.mktemp("minilm")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -31,20 +31,29 @@ def full(tmp_path_factory):
         (folder / f"sst2/stsa.binary.{part}").write_text("\n".join(lines), "utf-8")
         rows = ["text,category", *(f"{text},c{i % 3}" for i, text in enumerate(texts))]
         (folder / f"banking77/{part}.csv").write_text("\n".join(rows), "utf-8")
+    return folder
+
+
+def prepared(folder, device):
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("TAUGHT", 8), ("FITTED", 4), ("TESTED", 12)):
             patch.setattr(minilm_tasks, name, count)
-        return minilm.prepare(folder, folder, "cpu")
+        return minilm.prepare(folder, folder, device)
+
+
+@pytest.fixture(scope="module")
+def full(folder):
+    return prepared(folder, "cpu")
 
 
 def test_every_row_is_made(full, monkeypatch):
-    monkeypatch.setattr(minilm, "STEPS", 2)
+    monkeypatch.setattr(minilm_models, "STEPS", 2)
     rows = list(minilm.rows(full, ["*"], Deadline(1e9), rounds=1))
     assert [row["name"] for row in rows] == ["full", *minilm.ROWS]
     for row in rows[1:]:
         assert row["seeds"] == minilm.ROWS[row["name"]].seeds
         assert 0 < row["executed"] < 1 and set(row["a_second"]) == {
-            "pruned", "packed", "transformers",
+            "routed", "packed", "transformers",
         }  # fmt: skip
         for task in ("sst2", "banking77"):
             assert -1 <= row[task]["cosine"] < 1 and 0 <= row[task]["probe"] <= 1
@@ -65,15 +74,25 @@ def test_the_full_model_agrees_with_itself_and_another_does_not(full):
     assert other["cosine"] < 0.999 and other["correlation"] < 0.9
 
 
-def test_what_is_taught_is_the_routers_alone_unless_all_is_tuned(full, monkeypatch):
-    monkeypatch.setattr(minilm, "STEPS", 2)
-    for tuned in (False, True):
-        model = minilm.routed(full, minilm.Setting(0.5, tuned=tuned))
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        minilm.teach(full, model, 0)
-        moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-        assert any(".router." in n for n in moved)
-        assert tuned == any(".router." not in n for n in moved)
+@pytest.mark.parametrize("way", ["trials", "gradient"])
+def test_what_is_taught_is_the_routers_alone(full, monkeypatch, way):
+    monkeypatch.setattr(minilm_models, "STEPS", 2)
+    taught, plain = minilm.Setting(0.5, taught=way), minilm.Setting(0.5)
+    model, untaught = (minilm.with_seed(full, one, 0) for one in (taught, plain))
+    before = untaught.state_dict()
+    moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved and all(".prunes." in name for name in moved)
+
+
+@pytest.mark.gpu
+def test_a_row_is_made_on_a_gpu(folder, monkeypatch):
+    """Needs a CUDA device."""
+    monkeypatch.setattr(minilm_models, "STEPS", 2)
+    full = prepared(folder, "cuda")
+    rows = list(minilm.rows(full, ["prune/0.7", "merge/0.7"], Deadline(1e9), rounds=1))
+    assert [row["name"] for row in rows] == ["full", "prune/0.7", "merge/0.7"]
+    assert all(row["device"] == torch.cuda.get_device_name() for row in rows)
+    assert all(rate > 0 for row in rows[1:] for rate in row["a_second"].values())
 
 
 def test_the_probe_finds_what_is_there():
