@@ -2,6 +2,7 @@
 routers learn while the model stays, and what is saved comes back."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from moe_router.errors import CheckpointError, ConfigError
 from moe_router.integrations.encoder import RoutedLayers
 from moe_router.integrations.wrap import load_wrapped, set_context
 from moe_router.layers.prune import Received
+from moe_router.layers.trial import trial_loss
 
 SIZES = {
     "vocab_size": 50,
@@ -236,20 +238,29 @@ def test_a_router_learns_whom_a_frozen_model_needs():
     fit(model, [p for p in model.parameters() if p.requires_grad], 400, 3e-3)
     test = task(500, 10**6)
     assert accuracy(model, *test) > 0.98
-    moe_router.wrap(model, kind="prune", keep=0.25, first=0, every=5, curriculum=250)
-    chance = accuracy(model, *test)
-    fit(model, [p for p in model.parameters() if p.requires_grad], 300, 3e-2)
-    learned = accuracy(model, *test)
-    assert chance < 0.7 and learned > 0.95, (chance, learned)
+    for way in ("gradient", "trials"):
+        torch.manual_seed(0)
+        router = deepcopy(model)
+        moe_router.wrap(router, kind="prune", keep=0.25, first=0, every=5, curriculum=250)
+        chance = accuracy(router, *test)
+        learners = [p for p in router.parameters() if p.requires_grad]
+        fit(router, learners, 300, 3e-2, trials=way == "trials")
+        learned = accuracy(router, *test)
+        assert chance < 0.7 and learned > 0.95, (way, chance, learned)
 
 
-def fit(model, parameters, steps, lr):
-    model.train()
+def fit(model, parameters, steps, lr, trials=False):
+    model.train(not trials)
     optimizer = torch.optim.AdamW(list(parameters), lr=lr)
     for step in range(steps):
         set_context(model, Context(step=step))
         inputs, labels = task(64, step)
-        loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
+
+        def losses(inputs=inputs, labels=labels):
+            logits = model(**inputs).logits
+            return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+        loss = trial_loss(model, losses) if trials else losses().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
