@@ -90,7 +90,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     key_block = tl.arange(0, N_PAD)
     inside = (key_block >= low) & (key_block < high)
     row_ptr = score_ptr + m.to(tl.int64) * stride_m + j.to(tl.int64) * stride_j
-    score = tl.load(row_ptr + key_block, mask=inside, other=0.0)
+    score = tl.load(row_ptr + key_block, mask=inside, other=0.0).to(tl.float32)
     bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is 0
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     key = tl.where(score == score, key, -2147483648)  # NaN below every number

@@ -110,11 +110,11 @@ class BlockRouter:
         config = self.config
         top_k = config.eased(blocks.most, step)
         bounds = (blocks.own_N, blocks.low_N, blocks.high_N)
-        if config.router == "keys" and not config.branch and not config.gated:
-            where = (blocks.first_N, blocks.last_N, *bounds, blocks.size, top_k, config.near)
-            chosen = route_blocks(q_THd, k_TJd, *where, causal=blocks.causal, kernels=self.kernels)
-            return Lists(*chosen)
-        with torch.autocast(q_THd.device.type, enabled=False):
+        with torch.autocast(q_THd.device.type, enabled=False):  # scores are fp32
+            if config.router == "keys" and not config.branch and not config.gated:
+                where = (blocks.first_N, blocks.last_N, *bounds, blocks.size, top_k, config.near)
+                by = self.kernels
+                return Lists(*route_blocks(q_THd, k_TJd, *where, causal=blocks.causal, kernels=by))
             summaries = self._summaries(q_THd, k_TJd, blocks)
             target_NJK, weight_NJK = self.choose(*summaries, *bounds, blocks.most, top_k)
         return Lists(target_NJK, None, weight_NJK if config.gated else None)

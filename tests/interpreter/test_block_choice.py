@@ -70,5 +70,7 @@ def test_the_choice_is_the_references(lengths, causal, k, window):
     with poisoned():
         got = block_choice_op.choose_blocks(*arguments, "triton")
     assert torch.equal(got, block_choice_op.choose_blocks(*arguments, "reference"))
+    half = arguments[0].half()  # every score here is one in 16 bit, too
+    assert torch.equal(got, block_choice_op.choose_blocks(half, *arguments[1:], "triton"))
     if N and k == 1:
         torch.library.opcheck(block_choice_op._choose_blocks.op, (*arguments, True))

@@ -44,6 +44,18 @@ def test_a_block_goes_where_its_first_query_points():
     assert target[0].tolist() == [[0, -1], [1, -1]]
 
 
+@pytest.mark.parametrize("router", ["keys", "tree"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_autocast_does_not_touch_scores(router, gated):
+    q, k = draw(256)
+    blocks, how = Blocks.of([256], 4, CPU), {"top_k": 9, "gated": gated, **by(router)}
+    wanted = route_blocks(q, k, blocks, **how)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = route_blocks(q, k, blocks, **how)
+    assert torch.equal(got.target_TK, wanted.target_TK)
+    assert torch.equal(got.weight_TK, wanted.weight_TK)
+
+
 @pytest.mark.parametrize("router", ["keys", "tree", "position", "random"])
 def test_no_choice_sees_a_later_token(router):
     q, k = draw(32)
