@@ -69,7 +69,9 @@ def faults(ranks: int) -> list[Fault]:
     return found
 
 
-def config_of(folder: Path, name: str, ranks: int, fault: Fault | None = None) -> Config:
+def config_of(
+    folder: Path, name: str, ranks: int, fault: Fault | None = None, device: str = "cpu"
+) -> Config:
     """A model so small that a step takes milliseconds."""
     frozen = fault is not None and fault.how == signal.SIGSTOP
     moves = fault is not None and fault.moves
@@ -86,7 +88,7 @@ def config_of(folder: Path, name: str, ranks: int, fault: Fault | None = None) -
                 "checkpoint_every": CHECKPOINT_EVERY,
             },
             "cluster": {
-                "actors": ranks, "device": "cpu", "cpus_per_actor": 0.25,
+                "actors": ranks, "device": device, "cpus_per_actor": 0.25,
                 "timeout_s": SILENT_S if frozen else 30.0,
                 "replicate_every": 0 if fault is None else fault.replicate_every,
                 # they move once, so what a clock says of it changes nothing

@@ -1,23 +1,25 @@
 """What a fault at each point of the protocol costs, and that it leaves no trace in the weights.
 
-    python -m benchmarks.faults [--only PATTERN] [--ranks 2] [--save]
+    python -m benchmarks.faults [--only PATTERN] [--ranks 2] [--device cuda] [--seconds S] [--save]
+    python -m benchmarks.faults --save --resume     # without the rows that this commit has saved
 
-Each row is a whole run over Ray and gloo in which a rank kills (SIGKILL) or freezes (SIGSTOP)
-itself, its node or the driver, once, in the middle of the run. `correct`: every tensor of the last
-checkpoint, optimizer included, and every loss equal, bit for bit, those of an uninterrupted run of
-the same ranks. The value is the time from the fault until all ranks stood at a common step:
-detected, and then resumed.
+Each row is a whole run over Ray, and gloo (`--device cuda`: NCCL, a GPU a rank), in which a rank
+kills (SIGKILL) or freezes (SIGSTOP) itself, its node or the driver, once, in the middle of the run.
+`correct`: every tensor of the last checkpoint, optimizer included, and every loss equal, bit for
+bit, those of an uninterrupted run of the same ranks. The value is the time from the fault until all
+ranks stood at a common step: detected, and then resumed.
 """
 
 import argparse
 import fnmatch
 import io
 import json
+import math
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +37,7 @@ from benchmarks.fault_cases import (
     config_of,
     faults,
 )
-from benchmarks.results import Row, provenance, save
+from benchmarks.results import Row, provenance, save, saved
 from moe_router.config import Config
 from moe_router.observability.csv_log import read_rows
 from moe_router_cluster.session import prepare_environment, ray_session
@@ -76,17 +78,19 @@ def faulty_ranks() -> Iterator[None]:
         yield
 
 
-def clean_run(fault: Fault, folder: Path, ranks: int) -> Learned:
+def clean_run(fault: Fault, folder: Path, ranks: int, device: str = "cpu") -> Learned:
     """What a run without the fault learns; trained once."""
-    config = config_of(folder, clean_name(fault, ranks), ranks, replace(fault, how=signal.SIGKILL))
+    alike = replace(fault, how=signal.SIGKILL)
+    config = config_of(folder, clean_name(fault, ranks), ranks, alike, device)
     if not (folder / config.run.name / "summary.json").exists():
         train_once(config)
     return learned(config)
 
 
-def measure(fault: Fault, folder: Path, ranks: int, clean: Learned) -> Row:
+def measure(fault: Fault, folder: Path, ranks: int, clean: Learned, device: str = "cpu") -> Row:
     """A run with the fault in it."""
-    config = config_of(folder, fault.name.replace("/", "-").replace(" ", "_"), ranks, fault)
+    name = fault.name.replace("/", "-").replace(" ", "_")
+    config = config_of(folder, name, ranks, fault, device)
     row: Row = {"name": fault.name, "unit": "s", "ranks": ranks}
     match fault.victim:
         case "gating service":  # nobody waits for it: there is nothing to recover from
@@ -179,29 +183,54 @@ def gating_killed(run: str) -> Iterator[None]:
     assert struck
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", default="*", help="of rows, such as 'SIGKILL/*'")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no row begins after them")
+    parser.add_argument("--resume", action="store_true", help="leave out what this commit saved")
     parser.add_argument("--save", action="store_true")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
+    until = time.monotonic() + asked.seconds
+    origin = provenance(asked.device)
+    there = saved("faults", origin) if asked.resume else set()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
         for ranks in asked.ranks:
-            chosen = [f for f in faults(ranks) if fnmatch.fnmatch(f.name, asked.only)]
+            chosen = [
+                fault
+                for fault in faults(ranks)
+                if fnmatch.fnmatch(fault.name, asked.only)
+                and fault.name not in there
+                # whose nodes have no GPUs
+                and (asked.device == "cpu" or fault.victim != "node")
+            ]
             here = [fault for fault in chosen if fault.victim not in OWN_RAY]
             cluster = config_of(folder, "first", ranks).cluster
             prepare_environment(cluster)
             with ray_session(cluster) if here else nullcontext():
-                _rows(here, folder, ranks, asked.save)
-            _rows([fault for fault in chosen if fault.victim in OWN_RAY], folder, ranks, asked.save)
+                _rows(here, folder, ranks, origin, until, asked)
+            own = [fault for fault in chosen if fault.victim in OWN_RAY]
+            _rows(own, folder, ranks, origin, until, asked)
 
 
-def _rows(chosen: list[Fault], folder: Path, ranks: int, keep: bool) -> None:
+def _rows(
+    chosen: list[Fault],
+    folder: Path,
+    ranks: int,
+    origin: Row,
+    until: float,
+    asked: argparse.Namespace,
+) -> None:
     for fault in chosen:
-        row = measure(fault, folder, ranks, clean_run(fault, folder, ranks)) | provenance("cpu")
+        if time.monotonic() > until:
+            print(f"{fault.name}: no time left; --resume goes on", flush=True)
+            return
+        clean = clean_run(fault, folder, ranks, asked.device)
+        row = measure(fault, folder, ranks, clean, asked.device) | origin
         print(_line(row), flush=True)
-        if keep:
+        if asked.save:
             save("faults", [row])
 
 

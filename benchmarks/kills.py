@@ -3,17 +3,18 @@
     python -m benchmarks.kills [--cycles 100] [--seconds 480] [--save]
 
 A run on two ranks in which they take turns to SIGKILL themselves in the middle of a step, once for
-each cycle; after `--seconds` no more. Counted after each resume: processes below this one, their
-threads' descriptors and sockets as far as they live through all cycles (this process and Ray's
-own), and what lies in shared memory. `correct`: none of it grew from the tenth resume to the last,
-nothing is left when Ray has ended, and the weights are bit for bit those of an uninterrupted run.
+each cycle. After `--seconds` it stops, and the same command goes on with it. Counted after each
+resume: processes below this one, their threads' descriptors and sockets as far as they live through
+all cycles (this process and Ray's own), and what lies in shared memory. `correct`: none of it grew
+from the tenth resume of a command to its last, nothing is left when Ray has ended, and the weights
+are bit for bit those of an uninterrupted run.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 from benchmarks import faults
 from benchmarks.fault_cases import CHECKPOINT_EVERY, Fault, config_of
@@ -100,36 +102,62 @@ def config_with(cycles: int, folder: Path, name: str) -> Config:
     )
 
 
-def measure(cycles: int, seconds: float, folder: Path) -> Row:
-    """The row of one long run."""
+def measure(cycles: int, seconds: float, folder: Path) -> Row | None:
+    """The row of one long run; None if it is not at its end, and the same call goes on."""
     from benchmarks.fault_shard import order
 
     before = Count.now()
     clean, config = (config_with(cycles, folder, name) for name in ("clean", "killed"))
-    run_dir = folder / config.run.name
     with ray_session(config.cluster):
-        faults.train_once(clean)
-        order(run_dir, *(_fault(number) for number in range(cycles)))
-        with faults.faulty_ranks(), _counted(run_dir, seconds) as counts:
-            facts = faults.train_once(config)
-        losses = facts["recovery_log"]
-    left = _left(before)
+        if not (folder / clean.run.name / "summary.json").exists():
+            faults.train_once(clean)
+            order(folder / config.run.name, *(_fault(number) for number in range(cycles)))
+        with faults.faulty_ranks(), _counted(seconds) as counts:
+            ended = _train(config)
+    pieces = _noted(folder / "pieces.json", _grown(counts) | {"left": _left(before)})
+    if not ended:
+        return None
+    log = (folder / config.run.name / "logs" / "run.jsonl").read_text().splitlines()
+    resumes = [line["seconds"] for line in map(json.loads, log) if line["event"] == "recovered"]
+    same = faults.learned(config, config.train.steps) == faults.learned(clean, clean.train.steps)
+    grown = {name: max(piece[name] for piece in pieces) for name in _grown([])}
+    left = [name for piece in pieces for name in piece["left"]]
+    within = max(grown.values()) <= SPARE_FDS
+    within = within and grown["processes_grown"] <= 0 and grown["shared_grown"] <= 0
+    return {
+        "name": f"kills in a row/W{RANKS}", "value": len(resumes), "unit": "cycles",
+        "resume_s": round(median(resumes), 2), "longest_s": round(max(resumes), 2),
+        "commands": len(pieces), "equal": same, "left": left, **grown,
+        "correct": same and within and not left,
+    }  # fmt: skip
+
+
+def _train(config: Config) -> bool:
+    """False if it was stopped."""
+    from moe_router_cluster.train import train
+
+    return train(config, Console(quiet=True))
+
+
+def _grown(counts: list[Count]) -> dict[str, int]:
+    """From when pools were full until the last resume."""
+    names = ("processes", "descriptors", "sockets", "shared")
+    if not counts:
+        return {f"{name}_grown": 0 for name in names}
     settled, last = counts[min(SETTLED, len(counts)) - 1], counts[-1]
-    grown = {
+    return {
         "processes_grown": last.processes - settled.processes,
         "descriptors_grown": last.descriptors - settled.descriptors,
         "sockets_grown": last.sockets - settled.sockets,
         "shared_grown": len(last.shared) - len(settled.shared),
     }
-    same = faults.learned(config, config.train.steps) == faults.learned(clean, clean.train.steps)
-    within = max(grown.values()) <= SPARE_FDS
-    within = within and grown["processes_grown"] <= 0 and grown["shared_grown"] <= 0
-    resumes = [loss["seconds"] for loss in losses]
-    return {
-        "name": f"kills in a row/W{RANKS}", "value": len(losses), "unit": "cycles",
-        "resume_s": round(median(resumes), 2), "longest_s": round(max(resumes), 2),
-        "equal": same, "left": left, **grown, "correct": same and within and not left,
-    }  # fmt: skip
+
+
+def _noted(path: Path, piece: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of all commands that worked on this run, this one the last."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*before, piece]))
+    return [*before, piece]
 
 
 def _fault(number: int) -> tuple[Fault, int]:
@@ -138,8 +166,8 @@ def _fault(number: int) -> tuple[Fault, int]:
 
 
 @contextmanager
-def _counted(run_dir: Path, seconds: float) -> Iterator[list[Count]]:
-    """Counts after each resume; when the time is over, no more orders are given."""
+def _counted(seconds: float) -> Iterator[list[Count]]:
+    """Counts after each resume; when the time is over, the run is stopped as by Ctrl-C."""
     from moe_router_cluster.journal import Journal
 
     counts: list[Count] = []
@@ -149,7 +177,7 @@ def _counted(run_dir: Path, seconds: float) -> Iterator[list[Count]]:
         recovered(self, recovery)
         counts.append(Count.now())
         if time.monotonic() > until:
-            (run_dir.with_name(f"{run_dir.name}.fault") / "orders.json").write_text(json.dumps([]))
+            os.kill(os.getpid(), signal.SIGINT)
 
     with faults.replaced(Journal, "recovered", noted):
         yield counts
@@ -167,15 +195,21 @@ def _left(before: Count) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cycles", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=480, help="no kill after them")
+    parser.add_argument("--seconds", type=float, default=480, help="then it stops")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="of its run")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="kills-") as name:
-        prepare_environment(config_of(Path(name), "first", RANKS).cluster)
-        row = measure(args.cycles, args.seconds, Path(name)) | provenance("cpu")
-    print(row, flush=True)
+    folder = args.folder.absolute() / f"kills-{args.cycles}"
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare_environment(config_of(folder, "first", RANKS).cluster)
+    row = measure(args.cycles, args.seconds, folder)
+    if row is None:
+        print("the time is over; the same command goes on", flush=True)
+        return
+    print(row | provenance("cpu"), flush=True)
     if args.save:
-        save("faults", [row])
+        save("faults", [row | provenance("cpu")])
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

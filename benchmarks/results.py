@@ -35,6 +35,18 @@ def save(name: str, rows: list[Row]) -> Path:
     return path
 
 
+def saved(name: str, origin: Row) -> set[str]:
+    """Names of the rows that this commit has saved on this device.
+
+    Args:
+        origin: what `provenance` says.
+    """
+    path = ROOT / "results" / f"{name}.json"
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    same = ("device", "commit")
+    return {row["name"] for row in rows if all(row[key] == origin[key] for key in same)}
+
+
 def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -43,14 +55,15 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """What COMMIT says; else the short commit, with + if the tree has changes."""
+    """What COMMIT says; else the short commit, with + if the tree has changes but for results."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:
         return "unknown"
+    but = [":/", ":(top,exclude)benchmarks/results"]
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        [*git, "status", "--porcelain", "-uno", "--", *but], capture_output=True, text=True
     )
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
