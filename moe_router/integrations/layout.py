@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_router.config import ModelConfig, MoEConfig, require
 from moe_router.errors import ConfigError
-from moe_router.integrations.layout_files import EMBEDDINGS, HEAD, WEIGHTS, copy_into, files_of
+from moe_router.integrations.layout_files import EMBEDDINGS, HEAD, WEIGHTS, Files
 from moe_router.models import CausalLM
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -177,14 +177,16 @@ def read_hf(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> No
     sources = dict(names(config))
     if saved.moe is None and config.moe is not None:
         sources = _upcycled(config, saved)
-    files = files_of(folder)
+    places: dict[str, list[Tensor]] = {}
     for ours, tensor in weights.items():
         theirs = sources.get(ours)
         if theirs is None:
             continue  # a router that they do not have
-        parts = tensor.chunk(len(theirs))
-        for name, part in zip(theirs, parts, strict=True):
-            copy_into(folder, files, name, part)
+        for name, part in zip(theirs, tensor.chunk(len(theirs)), strict=True):
+            places.setdefault(name, []).append(part)
+    with Files(folder) as files:
+        for name, parts in places.items():
+            files.copy_into(name, parts)
 
 
 def _upcycled(config: ModelConfig, saved: ModelConfig) -> dict[str, tuple[str, ...]]:

@@ -69,22 +69,6 @@ def test_we_read_what_transformers_writes_with_equal_logits(kind, sharded, tmp_p
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_rank_reads_the_experts_that_it_holds_alone(tmp_path, monkeypatch):
-    model = written(tmp_path / "out", {})
-    asked = []
-    copy = layout.copy_into
-    monkeypatch.setattr(layout, "copy_into", lambda *a: asked.append(a[2]) or copy(*a))
-    mine = {
-        name: torch.zeros_like(tensor)
-        for name, tensor in named_weights(model).items()
-        if ".experts." not in name or ".experts.4." in name
-    }
-    layout.read_hf(tmp_path / "out", model.config, mine)
-    assert not any(".experts." in name and ".experts.4." not in name for name in asked)
-    for name, tensor in mine.items():
-        assert torch.equal(tensor, named_weights(model)[name]), name
-
-
 def test_a_dense_checkpoint_is_upcycled_into_experts(tmp_path):
     dense = written(tmp_path / "out", None)
     moe = small_model({"hidden": 24}).config.moe
