@@ -164,7 +164,9 @@ def flash(causal: bool) -> Callable[..., Tensor]:
         q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, packing: Packing, keys: Packing | None = None
     ) -> Tensor:
         keys = keys or packing
-        bounds = packing.offsets_B1, keys.offsets_B1, packing.longest, keys.longest
+        # queries of one token each it takes for a decode, in which every sequence has one
+        longest = packing.longest if packing.tokens == packing.sequences else max(2, packing.longest)
+        bounds = packing.offsets_B1, keys.offsets_B1, longest, keys.longest
         y_THC: Tensor = attention(q_THC, k_TJC, v_TJC, *bounds)
         return y_THC
 

@@ -145,8 +145,8 @@ def test_both_ways_a_token_sees_what_the_definition_lets_it_see(lengths):
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("channels", [64, 12])
-def test_cuda_kernels_are_the_definition(heads, dtype, channels, causal):
-    lengths = [5, 128, 0, 1, NARROW + 44]
+@pytest.mark.parametrize("lengths", [[5, 128, 0, 1, NARROW + 44], [0, 1, 0, 1], [1, 1]])
+def test_cuda_kernels_are_the_definition(lengths, heads, dtype, channels, causal):
     x = qkv(sum(lengths), *heads, channels, dtype=dtype, device="cuda")
     ours = attend_packed(*x, packing_of(lengths, torch.device("cuda"), causal=causal))
     exact = [t.detach().double().requires_grad_() for t in x]
