@@ -165,7 +165,8 @@ def flash(causal: bool) -> Callable[..., Tensor]:
     ) -> Tensor:
         keys = keys or packing
         # queries of one token each it takes for a decode, in which every sequence has one
-        longest = packing.longest if packing.tokens == packing.sequences else max(2, packing.longest)
+        one_each = packing.tokens == packing.sequences
+        longest = packing.longest if one_each else max(2, packing.longest)
         bounds = packing.offsets_B1, keys.offsets_B1, longest, keys.longest
         y_THC: Tensor = attention(q_THC, k_TJC, v_TJC, *bounds)
         return y_THC
