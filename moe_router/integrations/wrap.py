@@ -29,6 +29,11 @@ _KEYS = {
 }  # fmt: skip
 _ENCODERS = "BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ViT or DeiT"
 _DECODERS = "Llama, Mistral, Qwen2 or Qwen3 without sliding windows"
+_WHY = {
+    "prune": "it looks at later tokens, which a decoder does not have yet",
+    "merge": "it looks at later tokens, which a decoder does not have yet",
+    "skip": "encoders read tokens that some layers left out; prune or halt is for them",
+}
 _LAST = {"prune": 2, "halt": 2, "merge": 1, "skip": 1}  # routed layer, from the end
 
 
@@ -73,11 +78,12 @@ def wrap(model: PreTrainedModel, kind: str, *, freeze: bool = True, **routing: A
 
 def _route(model: Any, config: RoutingConfig) -> None:
     kind, name = config.kind, type(model).__name__
-    found = None if kind == "skip" else encoder.layers_of(model)
-    decodes = kind in ("skip", "halt") and decoder.decoder_of(model) is not None
-    if found is None and not decodes:
+    encodes, decodes = encoder.layers_of(model), decoder.decoder_of(model) is not None
+    found = None if kind == "skip" else encodes
+    if found is None and not (decodes and kind in ("skip", "halt")):
         fit = {"skip": _DECODERS, "halt": f"{_ENCODERS}; {_DECODERS}"}.get(kind, _ENCODERS)
-        raise ConfigError(f"wrap: {name}: kind={kind} wants {fit}")
+        why = f"; {_WHY[kind]}" if encodes or decodes else "; its layers are not known here"
+        raise ConfigError(f"wrap: {name}: kind={kind} wants {fit}{why}")
     most = model.config.num_hidden_layers - _LAST[kind]
     if config.first > most:
         raise ConfigError(f"wrap: first={config.first}: want at most {most}")

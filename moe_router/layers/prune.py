@@ -150,7 +150,9 @@ class Prune(Shifted):
             logit_T: Tensor = self.router(tokens.x_TD.detach(), tokens.position_T)
             gone_T = logit_T.masked_fill(~gone_T, 0.0)
             bounds = tokens.offsets_B1.long()
-            left_B: Tensor = torch.segment_reduce(gone_T, "sum", offsets=bounds, axis=0)
+            left_B: Tensor = torch.segment_reduce(
+                gone_T, "sum", offsets=bounds, axis=0, unsafe=True
+            )
         return left_B
 
     def _importance(self, tokens: Tokens, received_T: Tensor | None) -> tuple[Tensor, Tensor]:
