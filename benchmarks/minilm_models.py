@@ -61,7 +61,7 @@ class Norm(nn.Module):
 def load(folder: Path, device: str) -> Any:
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(folder).eval().to(device)
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
 
 
 def routed(folder: Path, device: str, setting: Setting, seed: int = 0) -> Any:
