@@ -7,7 +7,8 @@ from torch import nn
 
 
 class Stacked(nn.Module):
-    """Who loops over it, or over a slice of it, finds one layer: this. The layers keep their names.
+    """Who loops over it, or over a slice of it, finds one layer: this. The layers keep
+    their names, and their numbers.
 
     Args:
         layers: of a model of transformers.
@@ -26,5 +27,5 @@ class Stacked(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         yield self
 
-    def __getitem__(self, which: slice) -> list[nn.Module]:
-        return [self]
+    def __getitem__(self, which: int | slice) -> Any:
+        return [self] if isinstance(which, slice) else self.layers[which]

@@ -13,6 +13,7 @@ from transformers import (
 pytest.importorskip("accelerate")
 import moe_router
 from moe_router.integrations.wrap import load_wrapped
+from moe_router.layers.trial import trial_loss
 from tests.integrations import hf_models, test_wrap, test_wrap_decoder, test_wrap_halt
 
 
@@ -21,13 +22,23 @@ def texts(n, **more):
     return [{"input_ids": row, "labels": row, **more} for row in ids]
 
 
-def train(model, rows, folder, lr=0.1):
+class ByTrials(Trainer):
+    def compute_loss(self, model, inputs, **_):
+        def losses():
+            logits = model(input_ids=inputs["input_ids"]).logits
+            return torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="none")
+
+        model.eval()
+        return trial_loss(model, losses)
+
+
+def train(model, rows, folder, lr=0.1, kind=Trainer):
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=lr,
         use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer = kind(model=model, args=arguments, train_dataset=rows)
     trainer.train()
     trainer.save_model(str(folder))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -62,6 +73,12 @@ def test_only_routers_learn_and_come_back(kind, tmp_path):
     again, ids = load_wrapped(auto, tmp_path), torch.arange(3, 12)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_trials_are_a_loss_of_a_trainer(tmp_path):
+    rows = [row | {"labels": i % 8} for i, row in enumerate(texts(12))]
+    moved = train(MADE["prune"](), rows, tmp_path, kind=ByTrials)
+    assert moved and all(".prunes." in name for name in moved)
 
 
 @pytest.mark.parametrize("kind", ["skip", "halt a decoder", "halt"])

@@ -271,5 +271,6 @@ def test_a_decoder_comes_back(tmp_path):
     model.save_pretrained(tmp_path)
     again = load_wrapped(AutoModelForCausalLM, tmp_path)
     assert again.config.moe_router["halting"] == "ponder"
+    assert again.model.layers[-1].self_attn.layer_idx == 3  # layers are found by number
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
