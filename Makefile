@@ -41,12 +41,14 @@ help:
 demo: setup
 	@$(call timed,demo,$(BIN)/moe-router train configs/quickstart.yaml --kill 1@0.5 --restart)
 
-# Triton interprets or compiles, never both in one process. Those two only compute, so they share
-# the cores among themselves; the main tests start ranks and measure times, one after another
+# Triton interprets or compiles, never both in one process. Tests that only compute share two cores;
+# the others start processes and measure times, so they run one after another
+COMPUTE := $(addprefix tests/,compile kernels layers models routing)
+SERIAL := $(addprefix --ignore=,tests/interpreter $(COMPUTE))
 test: setup
-	@$(call timed,tests,$(PYTEST) -m "not slow" --ignore=tests/interpreter --ignore=tests/compile $(ARGS))
+	@$(call timed,tests,$(PYTEST) -m "not slow" $(SERIAL) $(ARGS))
 	@$(call timed,tests in the interpreter,TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "not slow" tests/interpreter $(ARGS))
-	@$(call timed,tests of compilation,$(PYTEST) -n 2 -m "not slow" tests/compile $(ARGS))
+	@$(call timed,tests that only compute,$(PYTEST) -n 2 -m "not slow" $(COMPUTE) $(ARGS))
 
 test-slow: setup
 	@$(call timed,slow tests,$(PYTEST) -m slow $(ARGS))

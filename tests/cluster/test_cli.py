@@ -91,7 +91,9 @@ def test_a_second_ctrl_c_does_not_wait(command, tmp_path):
     [
         (["--set", "train.stepz=3"], "stepz"),
         (["--kill", "7@0.5"], "--kill 7@0.5: rank 7, want 0..1 (cluster.actors)"),
-        (["--set", "train.lr=1e30", "--set", "train.clip_norm=0"], "step"),
+        pytest.param(
+            ["--set", "train.lr=1e30", "--set", "train.clip_norm=0"], "step", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(command, options, message):
