@@ -14,7 +14,8 @@ PAGE = ROOT.parent / "docs" / "results" / "dense_routing.md"
 CONTROLS = ("frozen", "position", "equal")
 HEAD = (
     "| row | quality | retained | executed FLOPs a token, p5 / p50 / p95 | FLOPs / | "
-    "batch 1, ms | x | over FLOPs | a second, at batch | x | over FLOPs | training keeps, MiB | "
+    "batch 1, ms | x | over FLOPs | a second, at batch | x | over FLOPs | "
+    "peak of 256, MiB | training keeps, MiB | J / 1,000 | "
     "routers: parameters, FLOPs | soft to hard, nats |"
 )
 INTRO = """# Routing in depth on dense layers
@@ -28,8 +29,11 @@ p5, p50 and p95 are over the tokens that came in (what a merged token costs is c
 whose place it keeps). *x* is the wall-clock of the full dense model over ours, the same kernels and
 padding-free batches, timed in turn, the many a second each at its own best batch; *over FLOPs*
 divides it by the saving in FLOPs: 1 means that every FLOP saved is time saved. On a CPU the time is
-that of the one thread that computes. *Training keeps* is what one step of 64 keeps for its backward
-pass; peak memory of inference is not measured on a CPU.
+that of the one thread that computes; on a GPU, in bf16, what can be a CUDA graph is one (dense,
+prune, merge), what counts its tokens on the way is not. *Peak of 256* is the most that a forward
+pass of 256 sequences holds beside weights and input, not measured on a CPU. *Training keeps* is
+what one step of 64 keeps for its backward pass. *J / 1,000* sequences, beside the dense model's,
+each at its own best batch, is by the GPU's own counter over half a second.
 
 Controls of a headline row: `frozen`, a random router that never learns (of `merge`: a random
 projection of the tokens in the place of the keys); `position`, a router that sees no content;
@@ -40,17 +44,17 @@ seeds; with fewer seeds nothing is claimed, whatever the sign.
 
 
 def table(name: str, rows: list[Row]) -> list[str]:
-    """The section of one task."""
+    """The sections of one task, one for each device: their sizes differ."""
     order = [f"{name}/{s.name}" for s in settings(TASKS[name])]
-    rows = sorted(
-        (row for row in rows if row["name"] in order), key=lambda row: order.index(row["name"])
-    )
-    if not rows:
-        return []
-    of = {row["name"]: row for row in rows}
-    lines = [f"## {name}", "", HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += ["", *verdicts(of), *shifts(rows), *sources(rows)]
+    ours = [row for row in rows if row["name"] in order]
+    lines = []
+    for device in sorted({row["device"] for row in ours}):
+        of = {row["name"]: row for row in ours if row["device"] == device}
+        here = [of[row] for row in order if row in of]
+        title = name if device.startswith("CPU") else f"{name}, {device}"
+        lines += [f"## {title}", "", HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in here]
+        lines += ["", *verdicts(of), *shifts(here), *sources(here)]
     return lines
 
 
@@ -70,11 +74,17 @@ def cells(row: Row) -> list[str]:
         f"{many['per_second']:.0f} {row['noun']} at {many['batch']}",
         f"{many['speedup']:.2f}",
         f"{many['speedup'] / row['flops_speedup']:.2f}",
-        f"{row['training_mib']} (dense {row['training_mib_dense']})",
+        _beside(row.get("inference_mib"), row.get("inference_mib_dense")),
+        _beside(row["training_mib"], row["training_mib_dense"]),
+        _beside(many.get("joules_per_1000"), many.get("dense_joules_per_1000")),
         f"{row['router_parameters']} ({row['router_parameters'] / row['parameters']:.2%}), "
         f"{row['router_flops'] / row['flops']:.2%}",
         "-" if gap is None else f"{gap:+.4f}",
     ]
+
+
+def _beside(ours: float | None, dense: float | None) -> str:
+    return "-" if ours is None else f"{ours} (dense {dense})"
 
 
 def _seeds(row: Row) -> str:
@@ -162,7 +172,7 @@ def page(rows: list[Row], notes: str, speed: list[Row]) -> str:
         "    python -m benchmarks.dense_routing --data DIR --seeds 0,1,2 --save",
         "    # one GPU, five minutes; what that does not reach, the next call makes",
         "    python -m benchmarks.dense_routing --data DIR --seeds 0,1,2 --save --device cuda \\",
-        "        --workers 15 --seconds 290 --timing 0.3 --only 'imdb/*,enwik8/mod*,shakespeare/*'",
+        "        --workers 15 --seconds 290 --timing 0.3 --scale 2 --only 'imdb/prune*,imdb/halt*'",
         "    python -m benchmarks.skip_speed --save    # a GPU, under two minutes",
         "    python -m benchmarks.dense_routing_table",
         "",

@@ -18,7 +18,7 @@ from moe_router.config_file import config_from_dict
 from moe_router.cost import cost
 from moe_router.integrations.layout import to_hf
 from moe_router.training.data import load_dataset, load_tokenizer, train_batch
-from moe_router.training.optimizer import clip, learning_rate, make_optimizer, square_sum
+from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_rate, square_sum
 
 EXPERTS = "grouped_mm"
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -98,8 +98,7 @@ def _step(
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = float(square_sum(grads, device).sqrt())  # the host waits here, as our loop does
     clip(grads, norm, train.clip_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, train)
+    set_rate(optimizer, learning_rate(step, train))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(cross_entropy)

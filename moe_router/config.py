@@ -135,6 +135,7 @@ class TrainConfig:
     batch: int  # rows of data.seq_len tokens in one optimizer step, all ranks together
     accumulation: int = 1  # micro-steps in one optimizer step
     lr: float = 1e-3
+    router_lr: float = 1.0  # times lr: of what decides who is computed
     warmup: int = 20  # steps of linear warm-up
     min_lr: float = 0.1  # of lr, where the cosine ends
     weight_decay: float = 0.1
@@ -156,6 +157,7 @@ class TrainConfig:
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "1+")
         require(self.lr > 0, "train.lr", self.lr, "above 0")
+        require(self.router_lr > 0, "train.router_lr", self.router_lr, "above 0, times train.lr")
         require(self.warmup >= 0, "train.warmup", self.warmup, "0 or more steps")
         require(
             self.batch % self.accumulation == 0,

@@ -20,7 +20,7 @@ class RoutingConfig:
     keep: float = 0.5  # skip: of a sequence, what a routed block computes; prune: what it leaves
     threshold: float | None = None  # halt: of the sum (null: 0.99); prune, leap: least (null: 0.5)
     temperature: float = 0.1  # prune: width of the soft threshold that gradients see
-    soft_steps: int = 0  # prune, halt: first training steps in which no token leaves
+    soft_steps: int = 0  # prune, halt, leap: first training steps in which everybody is computed
     protect: int = 1  # prune, leap: first tokens of a sequence that always stay
     min_keep: int = 1  # prune: tokens of a sequence that stay at least
     every: int = 2  # every n-th block is routed
@@ -71,6 +71,9 @@ class RoutingConfig:
         elif self.halting == "act":
             want = "0: a sum over 1 ends what act weighs (or halting ponder or tsa)"
             require(self.soft_steps == 0, "model.routing.soft_steps", self.soft_steps, want)
+        if self.kind in ("skip", "merge"):
+            want = "0, or model.routing.kind=prune, halt or leap"
+            require(self.soft_steps == 0, "model.routing.soft_steps", self.soft_steps, want)
         if self.kind != "prune":
             want = "top, or model.routing.kind=prune"
             require(self.decide == "top", "model.routing.decide", self.decide, want)
@@ -90,7 +93,8 @@ class RoutingConfig:
     @property
     def weighs(self) -> bool:
         """Whether attention sees a token by its mass, not as one."""
-        return self.kind == "merge" or self.decide == "threshold"
+        by_mass = self.decide == "threshold" or self.soft_steps > 0
+        return self.kind == "merge" or (self.kind == "prune" and by_mass)
 
     def eased(self, target: float, step: int | None) -> float:
         """What counts in the place of `target` after `step` steps of training; None: it is over."""

@@ -6,7 +6,8 @@ at the whole sequence, so pruning is not causal.
 
 By threshold, tokens leave whose importance is too low, however many they are. The mass is then a
 soft threshold. While nobody leaves yet (`soft_steps`) attention and pooling see a token by its
-mass; afterwards survivors count as one each, and only their gradient is that of the soft mass.
+mass; afterwards survivors count as one each, and only their gradient is that of the soft mass. By
+rank, `soft_steps` has the router learn by saliency: see `routing/saliency.py`.
 
 Source: Kim et al. 2021 (LTP, arXiv:2107.00910); its soft mask scales states, which the norm of a
 pre-norm block would undo, so here it scales how much others see of a token.
@@ -25,13 +26,15 @@ from moe_router.routing.depth import (
     DepthRouter,
     Kept,
     Shifted,
+    count_best,
     flops_of,
     keep_all,
     keep_best,
     keep_where,
 )
+from moe_router.routing.saliency import LEAST, counted
 from moe_router.types import Choice, Tokens
-from moe_router_kernels import select_top_c
+from moe_router_kernels import reference, select_top_c
 
 
 def shifted_share(share: float, shift: float) -> float:
@@ -43,7 +46,6 @@ def shifted_share(share: float, shift: float) -> float:
 
 
 TRUST = 3.0  # in a trial, of the router's logits beside chance
-LEAST = 1e-20  # mass of a token that nobody sees; its logarithm is finite
 
 
 class Received(nn.Module):
@@ -104,24 +106,12 @@ class Prune(Shifted):
         if self.tries:  # Gumbel's noise: a draw without replacement by the router's own odds
             by_T = TRUST * by_T - (-torch.rand_like(by_T).log()).log()
         rank_T = by_T.masked_fill(tokens.position_T < config.protect, torch.inf)
-        least = max(config.protect, config.min_keep)
-        if config.decide == "top":
-            keep = config.eased(config.keep, context.step if self.training else None)
-            keep = shifted_share(keep, self.lean)
-            kept = keep_best(rank_T, tokens.offsets_B1, lengths, keep, least)
-            weight_T = value_T
+        if config.decide == "threshold":
+            weight_T, kept = self._above(value_T, rank_T, tokens, lengths, context)
+        elif config.soft_steps:
+            weight_T, kept = self._salient(order_T, rank_T, tokens, lengths, context)
         else:
-            count_B = tokens.offsets_B1.diff().clamp(max=least)
-            safe_T = select_top_c(rank_T[:, None], tokens.offsets_B1, count_B)[:, 0]
-            margin_T = (value_T - config.cut) / config.temperature + self.lean
-            weight_T = margin_T.sigmoid().masked_fill(safe_T, 1.0)
-            mass_T = weight_T if tokens.size_T is None else weight_T * tokens.size_T
-            if self.stays_soft(context.step):
-                kept = keep_all(lengths, tokens.offsets_B1)
-            else:
-                kept = keep_where((margin_T > 0) | safe_T, tokens.offsets_B1)
-                weight_T = weight_T + (1 - weight_T).detach()
-            kept = replace(kept, expected=mass_T.sum())
+            weight_T, kept = value_T, self._best(rank_T, tokens, lengths, context)
         if context.ledger is not None:
             flops = flops_of(self, value_T.numel())
             if received_T is not None:  # the scores of attention, once more
@@ -133,9 +123,75 @@ class Prune(Shifted):
         weight_T1 = weight_T[:, None].masked_fill(gone_T1, 0.0)
         return Choice(kept.target_T1, weight_T1), kept
 
+    @property
+    def _least(self) -> int:
+        """Tokens of a sequence that stay, if it has so many."""
+        return max(self.config.protect, self.config.min_keep)
+
+    def _keep(self, context: Context) -> float:
+        keep = self.config.eased(self.config.keep, context.step if self.training else None)
+        return shifted_share(keep, self.lean)
+
+    def _best(
+        self, rank_T: Tensor, tokens: Tokens, lengths: Sequence[int], context: Context
+    ) -> Kept:
+        return keep_best(rank_T, tokens.offsets_B1, lengths, self._keep(context), self._least)
+
+    def _salient(
+        self,
+        order_T: Tensor,
+        rank_T: Tensor,
+        tokens: Tokens,
+        lengths: Sequence[int],
+        context: Context,
+    ) -> tuple[Tensor, Kept]:
+        """The best by rank, whose router learns what each token is worth."""
+        config, bounds_B1 = self.config, tokens.offsets_B1
+        soft = self.stays_soft(context.step)
+        here_T = torch.ones_like(rank_T, dtype=torch.bool)
+        if soft:
+            if tokens.size_T is not None:  # whoever left before is computed, not asked
+                here_T = tokens.size_T > 0.5
+            kept = keep_all(lengths, bounds_B1)
+            present_B = reference.count(
+                torch.where(here_T, kept.target_T1[:, 0], -1)[:, None].int(), len(lengths)
+            )
+            count_B = count_best(present_B.long(), self._keep(context), self._least)
+            rank_T = rank_T.masked_fill(~here_T, -torch.inf)
+            taken_T = select_top_c(rank_T[:, None], bounds_B1, count_B)[:, 0]
+        else:
+            kept = self._best(rank_T, tokens, lengths, context)
+            taken_T = kept.target_T1[:, 0] >= 0
+            if not self.training:
+                return torch.ones_like(order_T), kept
+        asked_T = here_T & (tokens.position_T >= config.protect)
+        return counted(order_T, taken_T, asked_T, bounds_B1, config.temperature), kept
+
+    def _above(
+        self,
+        value_T: Tensor,
+        rank_T: Tensor,
+        tokens: Tokens,
+        lengths: Sequence[int],
+        context: Context,
+    ) -> tuple[Tensor, Kept]:
+        """Those above the threshold, and the ones that always stay."""
+        config, bounds_B1 = self.config, tokens.offsets_B1
+        count_B = bounds_B1.diff().clamp(max=self._least)
+        safe_T = select_top_c(rank_T[:, None], bounds_B1, count_B)[:, 0]
+        margin_T = (value_T - config.cut) / config.temperature + self.lean
+        weight_T = margin_T.sigmoid().masked_fill(safe_T, 1.0)
+        mass_T = weight_T if tokens.size_T is None else weight_T * tokens.size_T
+        if self.stays_soft(context.step):
+            kept = keep_all(lengths, bounds_B1)
+        else:
+            kept = keep_where((margin_T > 0) | safe_T, bounds_B1)
+            weight_T = weight_T + (1 - weight_T).detach()
+        return weight_T, replace(kept, expected=mass_T.sum())
+
     def mass(self, tokens: Tokens, choice: Choice, kept: Kept) -> Tensor | None:
         """(R,) fp32: mass of the survivors, times their weight; None where all count as one."""
-        if self.config.decide == "threshold" and not (self.training or self.soft):
+        if self.config.weighs and not (self.training or self.soft):
             return None
         size_T = choice.weight_TK[:, 0].clamp(min=LEAST)
         if tokens.size_T is not None:

@@ -134,10 +134,15 @@ def keep_best(
     # counted twice, here and on the device: a copy from here could not be part of a CUDA graph
     share = share_of(keep)
     kept = [min(n, max(math.ceil(share * n), least)) for n in lengths]
-    length_B = offsets_B1.diff().long()
-    part_B = -(-share.numerator * length_B // share.denominator)
-    count_B = torch.minimum(part_B.clamp(min=least), length_B)
+    count_B = count_best(offsets_B1.diff().long(), keep, least)
     return keep_counted(logit_T.detach(), offsets_B1, kept, count_B)
+
+
+def count_best(length_B: Tensor, keep: float, least: int = 0) -> Tensor:
+    """(B,) int64, how many of so many tokens `keep_best` keeps."""
+    share = share_of(keep)
+    part_B = -(-share.numerator * length_B // share.denominator)
+    return torch.minimum(part_B.clamp(min=least), length_B)
 
 
 def keep_counted(logit_T: Tensor, offsets_B1: Tensor, kept: Sequence[int], count_B: Tensor) -> Kept:

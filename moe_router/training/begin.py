@@ -12,6 +12,7 @@ from moe_router.integrations import layout
 from moe_router.models import CausalLM, Classifier
 from moe_router.training.checkpoint_files import STATE, latest_checkpoint, read_about
 from moe_router.training.checkpoint_tensors import read_tensors, saved_names
+from moe_router.training.optimizer import is_router
 from moe_router.training.state import named_weights
 
 
@@ -78,8 +79,3 @@ def choose_learners(model: nn.Module, config: Config) -> None:
             f"train.learn={config.train.learn}: nothing is left that learns: want all, or a model "
             "with model.moe or model.routing whose router is not frozen"
         )
-
-
-def is_router(name: str) -> bool:
-    """Whether a parameter decides who is computed, not what."""
-    return any(part in ("router", "predictor") for part in name.split("."))

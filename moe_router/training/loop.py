@@ -25,7 +25,7 @@ from moe_router.training.diagnose import first_cause, not_finite
 from moe_router.training.evaluate import evaluate
 from moe_router.training.micro import Micro
 from moe_router.training.migrate import Placements, move_all
-from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step
+from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_rate, set_step
 from moe_router.training.parallel import Ownership, local_gradients, moe_layers, share_gradients
 from moe_router.training.peers import peers_may_be_lost
 from moe_router.training.probe import watched
@@ -222,8 +222,7 @@ class Trainer:
         train, owned = self.config.train, self._owned
         clip(local_gradients(owned.apart + owned.alike), totals.grad_norm, train.clip_norm)
         lr = learning_rate(self.step, train)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         for moe, load_E in zip(self._moes, totals.load_LE, strict=True):

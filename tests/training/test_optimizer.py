@@ -1,6 +1,7 @@
 """AdamW, its schedule and the clip, against their formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_router.config import TrainConfig
-from moe_router.training.optimizer import clip, learning_rate, make_optimizer, set_step, square_sum
+from moe_router.errors import ConfigError
+from moe_router.training.optimizer import (
+    clip,
+    learning_rate,
+    make_optimizer,
+    set_rate,
+    set_step,
+    square_sum,
+)
 
 CONFIG = TrainConfig(steps=100, batch=1, lr=0.1, warmup=10, min_lr=0.2, weight_decay=0.5)
 
@@ -34,6 +43,23 @@ def test_warms_up_then_falls_along_a_cosine_to_its_floor():
 def test_any_warm_up_gives_a_rate(warmup):
     config = TrainConfig(steps=100, batch=1, lr=0.1, warmup=warmup)
     assert all(0 < learning_rate(step, config) <= 0.1 for step in range(100))
+
+
+def test_routers_have_a_rate_of_their_own():
+    model = nn.ModuleDict({"router": nn.Linear(3, 1), "mlp": nn.Linear(3, 1)})
+    config = replace(CONFIG, router_lr=20.0, weight_decay=0.0)
+    optimizer = make_optimizer(model, config)
+    set_rate(optimizer, 0.01)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = {n: float((before[n] - p).detach().mean()) for n, p in model.named_parameters()}
+    assert moved["mlp.weight"] == pytest.approx(0.01, rel=1e-3)  # Adam's first step
+    assert moved["router.weight"] == pytest.approx(0.2, rel=1e-3)
+    assert moved["router.bias"] == pytest.approx(0.2, rel=1e-3)
+    with pytest.raises(ConfigError, match=r"train.router_lr=0.0: want above 0, times train.lr"):
+        replace(CONFIG, router_lr=0.0)
 
 
 def test_matrices_decay_and_vectors_do_not():
