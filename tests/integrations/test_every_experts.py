@@ -13,7 +13,8 @@ from tests.integrations import hf_experts  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # of imports that are not ours
 moe_router.register_transformers()
 KNOWN = hf_experts.modules()
-SOME = hf_experts.some(KNOWN)
+FAST = {"mixtral.modeling_mixtral", "gpt_oss.modeling_gpt_oss"}  # fused; by parts
+COMPILED = [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in KNOWN]
 VERSION = transformers.__version__.rpartition(".")[0]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "huggingface.md"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -77,7 +78,11 @@ def test_a_few_tokens_are_decoded_as_close_as_by_eager(module, device):
         assert error < 1e-2  # three roundings to bf16, of 2**-9 each at most
 
 
-def compiles(module, dtype=torch.float32, device="cpu"):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module", COMPILED)
+def test_torch_compiles_experts_into_one_graph(module, device):
+    """Forward and backward."""
+    dtype, limit = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 1e-2)
     for kind in hf_experts.classes(module):
         experts = hf_experts.made(kind, dtype, device)
         problem = hf_experts.problem(experts, dtype=dtype, device=device)
@@ -85,19 +90,7 @@ def compiles(module, dtype=torch.float32, device="cpu"):
         compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
         wanted = hf_experts.run(experts, "moe_router", *problem)
         got = hf_experts.run(compiled, "moe_router", *problem)
-        assert max(hf_experts.errors(got, wanted)) < (1e-5 if dtype == torch.float32 else 1e-2)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("module", SOME)
-def test_torch_compiles_experts_into_one_graph(module, device):
-    compiles(module, torch.float32 if device == "cpu" else torch.bfloat16, device)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", sorted(set(KNOWN) - set(SOME)))
-def test_torch_compiles_all_experts_into_one_graph(module):
-    compiles(module)
+        assert max(hf_experts.errors(got, wanted)) < limit
 
 
 def test_the_page_says_which_experts_are_fused():
