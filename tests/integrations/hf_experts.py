@@ -125,5 +125,6 @@ def exact(experts, away_TK, x_TD, ids_TK, weight_TK):
 
 def errors(got, wanted):
     """How far each tensor is from what is wanted, as a share of it."""
-    pairs = [(a.double().cpu(), b) for a, b in zip(got, wanted, strict=True) if b is not None]
+    both = zip(got, wanted, strict=True)
+    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in both if b is not None]
     return [float((a - b).norm() / b.norm().clamp(min=1e-9)) for a, b in pairs]

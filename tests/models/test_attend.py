@@ -155,5 +155,6 @@ def test_cuda_kernels_are_the_definition(lengths, heads, dtype, channels, causal
     wanted_grads = torch.autograd.grad(wanted.square().sum(), exact)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     for got, want in zip((ours, *grads), (wanted, *wanted_grads), strict=True):
-        error = (got.double() - want).abs().max() / want.abs().max()
-        assert error < tolerance
+        # whoever sees itself alone asks for nothing: gradients of queries and keys are 0
+        size = want.abs().max().clamp(min=1e-3)
+        assert (got.double() - want).abs().max() / size < tolerance
