@@ -79,6 +79,7 @@ class Learner:
                 run = self._graphed()
             else:
                 run()
+        self._attend_to_all(False)
 
     def _attend_to_all(self, all_: bool) -> None:
         for attention, routed in self._routed:
