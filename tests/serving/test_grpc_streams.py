@@ -19,6 +19,7 @@ from moe_router.serving.router_pb2_grpc import RouterStub
 from tests.gating import E, publish
 
 STREAMS = 200
+NARROW = [("grpc.http2.bdp_probe", 0)]  # a window of 64 KiB, which a fast reader would widen
 Code = grpc.StatusCode
 
 
@@ -67,9 +68,7 @@ def test_readers_that_do_not_read_cost_no_memory_and_see_the_newest():
     """200 watchers of epochs that come faster than they read, 256 KiB each."""
 
     async def client(server):
-        # a window of 64 KiB, which a fast reader would widen
-        options = [("grpc.http2.bdp_probe", 0)]
-        async with grpc.aio.insecure_channel(server.address, options=options) as channel:
+        async with grpc.aio.insecure_channel(server.address, options=NARROW) as channel:
             stub = RouterStub(channel)
             request = pb.WatchSnapshotRequest(with_weights=True)
             streams = [stub.WatchSnapshot(request) for _ in range(STREAMS)]
@@ -96,7 +95,8 @@ def talk(service, client):
     async def go():
         server, port = await serve_grpc([router_adder(InProcess(service))])
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            address = f"127.0.0.1:{port}"
+            async with grpc.aio.insecure_channel(address, options=NARROW) as channel:
                 return await asyncio.wait_for(client(RouterStub(channel)), 60)
         finally:
             await server.stop(None)
