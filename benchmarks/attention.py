@@ -23,9 +23,10 @@ import torch
 
 from benchmarks.attention_cases import BOUND, DENSE, Case, Shape
 from benchmarks.attention_decode import DECODED, decode_name, measure_decode
-from benchmarks.attention_runs import pass_of, peak_mib, seconds, shown, wait
+from benchmarks.attention_runs import pass_of, seconds, shown, wait
 from benchmarks.attention_tiles import measure_tile, tile_names
 from benchmarks.contest import WrongResult, tell, why
+from benchmarks.memory import peak_mib
 from benchmarks.results import Row, provenance, save
 from benchmarks.timing import Deadline, Run, Timing, capture, interleave, matmul_ceiling
 

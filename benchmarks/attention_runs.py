@@ -28,18 +28,6 @@ def seconds(run: Run, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def peak_mib(run: Run) -> float | None:
-    """What a run takes beyond what was there; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
 def shown(row: Row) -> str:
     if row["value"] is None:
         return f"{row['name']}: {row['reason']}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.energy import joules
-from benchmarks.memory import kept_bytes
+from benchmarks.memory import kept_bytes, peak_mib
 from benchmarks.timing import capture
 from moe_router.config import Config
 from moe_router.models import CausalLM, Classifier, token_loss
@@ -112,16 +112,8 @@ def joules_per_1000(run: Pass, sequences: int) -> float | None:
 def inference_mib(contender: Contender, batch: Batch) -> float | None:
     """Most that a forward pass holds beside weights and input, launched one operation after
     another; None on a CPU, where nobody counts it."""
-    if not batch.ids_T.is_cuda:
-        return None
     contender.model.eval()
-    run = _forward(contender, batch)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return peak_mib(_forward(contender, batch)) if batch.ids_T.is_cuda else None
 
 
 def training_mib(contender: Contender, batch: Batch) -> float:

@@ -1,4 +1,5 @@
-"""Bytes that autograd keeps between the passes: the same on every device."""
+"""Bytes that autograd keeps between the passes, the same on every device; and the most that a run
+takes of a GPU."""
 
 from collections.abc import Callable, Iterable
 
@@ -25,3 +26,15 @@ def kept_bytes(run: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
         out = run()
     del out
     return sum(kept.values())
+
+
+def peak_mib(run: Callable[[], object]) -> float | None:
+    """What a run takes beyond what was there; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)

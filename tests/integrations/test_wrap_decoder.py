@@ -105,14 +105,13 @@ def test_keeping_all_is_the_model_itself_with_its_gradients(config):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_decoding_with_a_cache_is_one_pass_over_the_text():
-    """Token by token, and in chunks; whom a layer skips leaves no key that is seen later."""
-    model, inputs = wrapped(), batch()
+def assert_cache_is_one_pass(model, inputs, *ways):
+    """Ways: of cutting the text into chunks, by their sizes."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    at = (mask.cumsum(1) - 1).clamp(min=0)
+    at, here = (mask.cumsum(1) - 1).clamp(min=0), mask.bool()
     with torch.no_grad():
         want = model(**inputs, position_ids=at).logits
-        for sizes in ([1] * S, [6, 1, 1, 1], [3, 4, 2]):
+        for sizes in ways:
             cache, got, end = None, [], 0
             for n in sizes:
                 now, end = slice(end, end + n), end + n
@@ -122,8 +121,12 @@ def test_decoding_with_a_cache_is_one_pass_over_the_text():
                 )  # fmt: skip
                 cache = out.past_key_values
                 got.append(out.logits)
-            here = mask.bool()
             torch.testing.assert_close(torch.cat(got, 1)[here], want[here], rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_with_a_cache_is_one_pass_over_the_text():
+    """Token by token, and in chunks; whom a layer skips leaves no key that is seen later."""
+    assert_cache_is_one_pass(wrapped(), batch(), [1] * S, [6, 1, 1, 1], [3, 4, 2])
 
 
 @pytest.mark.parametrize("beams", [1, 3])

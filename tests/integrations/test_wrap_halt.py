@@ -85,23 +85,9 @@ def test_who_does_not_halt_has_the_models_own_state(kind, config):
 
 def test_decoding_with_a_cache_is_one_pass_over_the_text():
     """Token by token and in chunks: whom a layer does not compute leaves no key there."""
-    model, inputs = decoder("tsa"), test_wrap_decoder.batch()
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    at = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        want = model(**inputs, position_ids=at).logits
-        for sizes in ([1] * ids.size(1), [3, 4, 2]):
-            cache, got, end = None, [], 0
-            for n in sizes:
-                now, end = slice(end, end + n), end + n
-                out = model(
-                    ids[:, now], attention_mask=mask[:, :end], position_ids=at[:, now],
-                    past_key_values=cache, use_cache=True,
-                )  # fmt: skip
-                cache = out.past_key_values
-                got.append(out.logits)
-            here = mask.bool()
-            torch.testing.assert_close(torch.cat(got, 1)[here], want[here], rtol=1e-4, atol=1e-4)
+    inputs = test_wrap_decoder.batch()
+    ways = [1] * inputs["input_ids"].size(1), [3, 4, 2]
+    test_wrap_decoder.assert_cache_is_one_pass(decoder("tsa"), inputs, *ways)
 
 
 @pytest.mark.parametrize("halting, config", [("tsa", {}), ("act", {"config": Qwen3Config})])
