@@ -6,6 +6,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertForSequenceClassification,
     Trainer,
     TrainingArguments,
 )
@@ -47,7 +48,7 @@ def train(model, rows, folder, lr=0.1, kind=Trainer):
 
 
 def classifier(kind, **more):
-    model = test_wrap.made(test_wrap.BertForSequenceClassification, num_labels=8)
+    model = test_wrap.made(BertForSequenceClassification, num_labels=8)
     return moe_router.wrap(model, kind=kind, **more)
 
 
@@ -64,7 +65,7 @@ MADE = {
 def test_only_routers_learn_and_come_back(kind, tmp_path):
     """Merging has none: there the model learns."""
     model, auto, rows = MADE[kind](), AutoModelForCausalLM, texts(12)
-    if isinstance(model, test_wrap.BertForSequenceClassification):
+    if isinstance(model, BertForSequenceClassification):
         auto = AutoModelForSequenceClassification
         rows = [row | {"labels": i % 8} for i, row in enumerate(rows)]
     moved = train(model, rows, tmp_path)
