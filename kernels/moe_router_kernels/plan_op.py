@@ -99,7 +99,7 @@ def select_top_c(
 
     Args:
         score_TG: floats.
-        offsets_S1: int32 bounds of the segments, all of T.
+        offsets_S1: int32 bounds of the segments; a token behind the last is taken by none.
         count_S: integers, tokens that each group takes of a segment.
         kernels: see `choose.uses_triton`.
     """

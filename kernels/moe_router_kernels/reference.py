@@ -5,6 +5,7 @@ Ids are int32 and -1 means none. Ties go to the lower id; all sorts are stable.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,10 +79,10 @@ def decide(
 def select_top_c(score_TG: Tensor, offsets_S1: Tensor, count_S: Tensor) -> Tensor:
     """(T, G) bool: whether a token is among the best of its segment for the group.
 
-    Each group takes the count_S[s] highest scores of segment s; NaN is lower than any score, and
-    ties go to the earlier token. Expert choice (Zhou et al. 2022, arXiv:2202.09368) has a segment
-    for each source rank, Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258, section 3.4) one
-    for each sequence, and one group.
+    Each group takes the count_S[s] highest scores of segment s; NaN is lower than any score, ties
+    go to the earlier token, and nobody takes one behind the last segment. Expert choice (Zhou et
+    al. 2022, arXiv:2202.09368) has a segment for each source rank, Mixture-of-Depths (Raposo et al.
+    2024, arXiv:2404.02258, section 3.4) one for each sequence, and one group.
     """
     T, G = score_TG.shape
     ranked_TG = score_TG.masked_fill(score_TG.isnan(), -1e30)
@@ -90,20 +91,26 @@ def select_top_c(score_TG: Tensor, offsets_S1: Tensor, count_S: Tensor) -> Tenso
     order_TG = order_TG.gather(0, segment_T[order_TG].argsort(dim=0, stable=True))
     # sorted by segment, so place t of any column belongs to the segment of token t
     rank_T = torch.arange(T, device=segment_T.device) - offsets_S1.long()[segment_T]
-    taken_T1 = (rank_T < count_S[segment_T])[:, None]
+    taken_T1 = (rank_T < F.pad(count_S, (0, 1))[segment_T])[:, None]
     return torch.zeros_like(order_TG, dtype=torch.bool).scatter_(0, order_TG, taken_T1.expand(T, G))
 
 
 def rms_logit(x_TD: Tensor, weight_1D: Tensor, bias: Tensor) -> Tensor:
     """(T,): w x / rms(x) + b, in fp32 at least; x of any scale."""
     normed_TD = F.rms_norm(wide(x_TD), (x_TD.size(-1),))
-    return F.linear(normed_TD, wide(weight_1D)).squeeze(-1) + wide(bias)
+    weight_1D, bias = weight_1D.to(normed_TD.dtype), bias.to(normed_TD.dtype)
+    return F.linear(normed_TD, weight_1D).squeeze(-1) + bias
 
 
 def linear_of_kept(x_TK: Tensor, weight_NK: Tensor, kept_T: Tensor) -> Tensor:
     """(T, N): a linear layer where `kept_T`, 0 elsewhere, whatever stands there in x."""
     x_TK = x_TK.masked_fill(~kept_T[:, None], 0)
     return F.linear(x_TK, weight_NK)
+
+
+def linears(x_TK: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Linear layers of the same tokens, computed and returned in `dtype`."""
+    return [F.linear(x_TK.to(dtype), w_NK.to(dtype)) for w_NK in weights]
 
 
 def choice_weights(score_TG: Tensor, target_TK: Tensor, renormalise: bool) -> Tensor:

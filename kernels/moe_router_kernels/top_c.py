@@ -58,7 +58,7 @@ def _select_kernel(  # type: ignore[no-untyped-def]
 
 
 def select_top_c(score_TG: Tensor, offsets_S1: Tensor, count_S: Tensor) -> Tensor:
-    """(T, G) bool. The segments are all of T."""
+    """(T, G) bool."""
     (T, G), S = score_TG.shape, count_S.numel()
     taken = torch.zeros(T, G, dtype=torch.int8, device=score_TG.device)
     if T and G and S:

@@ -96,7 +96,7 @@ class Halt(Shifted):
         if soft:
             kept = keep_all(lengths, rows.offsets_B1)
         else:
-            kept = keep_where(~reached_T[state.plan.src_R], rows.offsets_B1)
+            kept = keep_where(~reached_T[state.plan.src_R], rows, context.bounds)
         kept = replace(kept, expected=expected)
         return replace(state, plan=chain(state.plan, kept.plan)), kept
 

@@ -54,7 +54,7 @@ class Leap(Shifted):
         def keep() -> Kept:
             if self.stays_soft(context.step):
                 return keep_all(lengths, tokens.offsets_B1)
-            return keep_where(takes_T, tokens.offsets_B1)
+            return keep_where(takes_T, tokens, context.bounds)
 
         kept = context.recall("kept", keep)
         gate_T = takes_T.to(p_T.dtype) + (p_T - p_T.detach())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moe_router.config import RoutingConfig
 from moe_router.routing import Context
-from moe_router.routing.depth import Kept, flops_of, keep_counted, share_of
+from moe_router.routing.depth import Kept, flops_of, keep_counted, part_of
 from moe_router.routing.plan import plan_from_ids
 from moe_router.routing.score import make_score
 from moe_router.types import Plan, Tokens
@@ -105,15 +105,14 @@ class Merge(nn.Module):
 
 def kept_of(n: int, keep: float) -> int:
     """How many of n tokens are left; at least the first, and a half of the others."""
-    return max(math.ceil(share_of(keep) * n), n - max(n - 1, 0) // 2)
+    return max(part_of(keep, n), n - max(n - 1, 0) // 2)
 
 
 def kept_of_each(offsets_B1: Tensor, keep: float) -> Tensor:
     """(B,) the same of each sequence, on the device: a copy from the host could not be part of a
     CUDA graph."""
-    share, length_B = share_of(keep), offsets_B1.diff().long()
-    part_B = -(-share.numerator * length_B // share.denominator)
-    return torch.maximum(part_B, length_B - (length_B - 1).clamp(min=0) // 2)
+    length_B = offsets_B1.diff().long()
+    return torch.maximum(part_of(keep, length_B), length_B - (length_B - 1).clamp(min=0) // 2)
 
 
 def match(key_TC: Tensor, offsets_B1: Tensor, longest: int) -> tuple[Tensor, Tensor]:

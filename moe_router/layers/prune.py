@@ -185,7 +185,7 @@ class Prune(Shifted):
         if self.stays_soft(context.step):
             kept = keep_all(lengths, bounds_B1)
         else:
-            kept = keep_where((margin_T > 0) | safe_T, bounds_B1)
+            kept = keep_where((margin_T > 0) | safe_T, tokens, context.bounds)
             weight_T = weight_T + (1 - weight_T).detach()
         return weight_T, replace(kept, expected=mass_T.sum())
 

@@ -55,7 +55,8 @@ class Skip(Shifted):
             if self.training:
                 keep = self.config.eased(self.config.keep, context.step)
                 return keep_best(logit_T, tokens.offsets_B1, lengths, keep)
-            return keep_where(ahead_T > -self.lean_of(tokens, context), tokens.offsets_B1)
+            there_T = ahead_T > -self.lean_of(tokens, context)
+            return keep_where(there_T, tokens, context.bounds)
 
         kept = context.recall("kept", keep)
         weight_T1 = logit_T.sigmoid()[:, None].masked_fill(kept.target_T1 < 0, 0.0)

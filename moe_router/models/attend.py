@@ -46,6 +46,9 @@ def attend_packed(
         more = _more_channels(q_THC, k_TJC, v_TJC, size_T)
         return flash(packing.causal)(*more, packing)[..., : q_THC.size(-1)]
     sizes = [piece.tokens for piece in packing.pieces]
+    if packing.is_bounded:  # rows of no token come last
+        none = packing.tokens - sum(sizes)
+        q_THC, k_TJC, v_TJC = (x[: len(x) - none] for x in (q_THC, k_TJC, v_TJC))
     # split, not slices: its backward is one concatenation
     q_parts, k_parts, v_parts = (torch.split(x, sizes) for x in (q_THC, k_TJC, v_TJC))
     masks = [piece.mask_R1WW for piece in packing.pieces]
@@ -54,6 +57,8 @@ def attend_packed(
         masks = [_seen_by_size(p, log) for p, log in zip(packing.pieces, logs, strict=True)]
     parts = zip(q_parts, k_parts, v_parts, packing.pieces, masks, strict=True)
     out = [_attend_piece(*part, packing.causal) for part in parts]
+    if packing.is_bounded:
+        out.append(q_THC.new_zeros(none, *q_THC.shape[1:]))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -165,7 +170,7 @@ def flash(causal: bool) -> Callable[..., Tensor]:
     ) -> Tensor:
         keys = keys or packing
         # queries of one token each it takes for a decode, in which every sequence has one
-        one_each = packing.tokens == packing.sequences
+        one_each = packing.tokens == packing.sequences and not packing.is_bounded
         longest = packing.longest if one_each else max(2, packing.longest)
         bounds = packing.offsets_B1, keys.offsets_B1, longest, keys.longest
         y_THC: Tensor = attention(q_THC, k_TJC, v_TJC, *bounds)

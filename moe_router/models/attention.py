@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moe_router.config import Kernels, ModelConfig
-from moe_router.layers.swiglu import linear_of_kept
+from moe_router.layers.linear import linear_of_kept, linears_of_kept
 from moe_router.models.attend import attend_packed, received
 from moe_router.models.attend_clustered import ClusteredAttention
 from moe_router.models.attend_clustered_cached import CachedClusteredAttention
@@ -81,10 +81,8 @@ class Attention(nn.Module):
         """(T, D) to (T, D). With a cache, the tokens are appended to it and attend to all of it;
         without one a token of size s is seen as s equal ones."""
         q_THC, k_TJC, v_TJC = (
-            linear_of_kept(project, x_TD, packing.kept_T).view(
-                x_TD.size(0), project.out_features // self.channels, self.channels
-            )
-            for project in (self.q, self.k, self.v)
+            x_TN.view(x_TN.size(0), x_TN.size(1) // self.channels, self.channels)
+            for x_TN in linears_of_kept((self.q, self.k, self.v), x_TD, packing.kept_T)
         )
         executed = losses = None
         if self.routed is not None:

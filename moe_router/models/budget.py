@@ -23,7 +23,7 @@ class ExpectedCost:
     """
 
     def __init__(self, flops: Sequence[tuple[float, float]], tokens: int) -> None:
-        total = sum(fixed + chosen for fixed, chosen in flops)
+        total = max(1.0, sum(fixed + chosen for fixed, chosen in flops))  # 0: all is padding
         self._shares = [(fixed / total, chosen / total) for fixed, chosen in flops]
         self._going: Tensor | float = float(tokens)
         self._spent: Tensor | float = 0.0

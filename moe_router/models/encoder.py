@@ -92,16 +92,18 @@ class Classifier(Backbone):
             x_TD, size_T, offsets_B1 = stream.x_TD, stream.size_T, stream.packing.offsets_B1
         else:
             x_TD, size_T = passed.halted.output_TD, None
-        T, B = x_TD.size(0), offsets_B1.numel() - 1
-        sequence_T = reference.sequence_of(offsets_B1, T)
-        member_BT = sequence_T == torch.arange(B, device=sequence_T.device)[:, None]
-        # a product, not index_add: a fixed order of summation on every device
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = reference.wide(self.norm(x_TD))
-            weight_BT = member_BT.to(x_TD.dtype)
-            if size_T is not None:
-                weight_BT = weight_BT * size_T.to(x_TD.dtype)
-            return weight_BT @ x_TD / weight_BT.sum(-1, keepdim=True).clamp(min=1e-20)
+            size_T1 = torch.ones_like(x_TD[:, :1]) if size_T is None else size_T[:, None].to(x_TD)
+            # a sum by segments: in a fixed order on every device, and rows of no token are in none
+            sums_BD, mass_B1 = (_sums(x, offsets_B1) for x in (x_TD * size_T1, size_T1))
+            return sums_BD / mass_B1.clamp(min=1e-20)
+
+
+def _sums(x_TN: Tensor, offsets_B1: Tensor) -> Tensor:
+    """(B, N): of the rows of each sequence, in their order."""
+    bounds = offsets_B1.long()
+    return torch.segment_reduce(x_TN, "sum", offsets=bounds, axis=0, unsafe=True, initial=0)
 
 
 class TextClassifier(Classifier):

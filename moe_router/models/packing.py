@@ -54,6 +54,7 @@ class Packing:
             one token a sequence, which keeps its place whether a block computes it or not.
         kept_T: bool, on the device: which tokens a block of such a pass computes; None: all.
         causal: whether a token attends to the earlier ones alone, or to its whole sequence.
+        is_bounded: see `bounded`; then `lengths` is empty.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Packing:
     ) -> None:
         self.causal, self.fixed = causal, fixed
         self.kept_T: Tensor | None = None
+        self.is_bounded = False
         if lengths is None:
             lengths = [b - a for a, b in pairwise(offsets_B1.tolist())]
         self.lengths = list(lengths)
@@ -78,6 +80,22 @@ class Packing:
         self.ways: dict[tuple[int, ...], Any] = {}  # of attending to a cache, by what it holds
         self.offsets_B1 = offsets_B1.to(device, torch.int32, non_blocking=True)
 
+    @classmethod
+    def bounded(
+        cls, offsets_B1: Tensor, rows: int, longest: int, *, causal: bool = True
+    ) -> "Packing":
+        """Of sequences whose lengths only the device knows, in so many rows; those that are left
+        over belong to no token, and may hold anything.
+
+        Args:
+            offsets_B1: on the device.
+            longest: no sequence is longer.
+        """
+        packing = cls(offsets_B1, offsets_B1.device, lengths=(), causal=causal)
+        packing.tokens, packing.sequences = rows, offsets_B1.numel() - 1
+        packing.longest, packing.is_bounded = longest, True
+        return packing
+
     def only(self, kept_T: Tensor) -> "Packing":
         """The same of a block that computes these tokens alone, in their places."""
         other = copy(self)
@@ -86,7 +104,8 @@ class Packing:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        return cut([n for n in self.lengths if n], self.device, causal=self.causal)
+        lengths = self.offsets_B1.diff().tolist() if self.is_bounded else self.lengths
+        return cut([n for n in lengths if n], self.device, causal=self.causal)
 
     @cached_property
     def sequence_T(self) -> Tensor:

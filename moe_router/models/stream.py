@@ -39,12 +39,17 @@ class Stream:
 
     def at(self, kept: Kept, x_RD: Tensor, size_R: Tensor | None) -> "Stream":
         """Other states in the places of the kept tokens."""
-        src_R, causal = kept.plan.src_R, self.packing.causal
-        bounds_B1 = kept.plan.offsets_G1
+        src_R = kept.plan.src_R
         return Stream(
             x_TD=x_RD,
             position_T=self.position_T[src_R],
             turn=Turn(self.turn.cos_T1C[src_R], self.turn.sin_T1C[src_R]),
-            packing=Packing(bounds_B1, x_RD.device, lengths=kept.lengths, causal=causal),
+            packing=self._packing(kept, x_RD),
             size_T=size_R,
         )
+
+    def _packing(self, kept: Kept, x_RD: Tensor) -> Packing:
+        causal, bounds_B1 = self.packing.causal, kept.plan.offsets_G1
+        if kept.bounded:
+            return Packing.bounded(bounds_B1, len(x_RD), self.packing.longest, causal=causal)
+        return Packing(bounds_B1, x_RD.device, lengths=kept.lengths, causal=causal)

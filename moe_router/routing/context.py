@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from moe_router.routing.bounds import Bounds
 from moe_router.routing.ledger import Ledger
 from moe_router.types import Choice, NoiseKey, Observe, Plan
 
@@ -47,6 +48,8 @@ class Context:
         over.
     shift_B: fp32, added to the logits of routers in depth, in evaluation: what each sequence may
         compute, see `training.calibrate`; None: nothing.
+    bounds: of the rows of tokens that a router lets go on, without gradients; None: as many as
+        there are, for which the host waits.
     """
 
     key: NoiseKey = field(default_factory=NoiseKey)
@@ -55,6 +58,7 @@ class Context:
     memory: PlanMemory | None = None
     step: int | None = None
     shift_B: Tensor | None = None
+    bounds: Bounds | None = None
 
     def held(self, name: str) -> Any:
         """What `recall` returned under `name` when this pass ran first; None in that run."""

@@ -4,10 +4,11 @@ The experts' router chooses among groups; here a token has one group, its own se
 choice is whether it gets a row in it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_router.config import RoutingConfig
+from moe_router.routing.bounds import Bounds
 from moe_router.routing.context import Context
 from moe_router.routing.plan import plan_from_ids
 from moe_router.routing.score import LinearScore, make_score
 from moe_router.types import Choice, Plan, Tokens
 from moe_router_kernels import combine, kept_op, reference, select_top_c
+
+Count = TypeVar("Count", int, Tensor)
 
 FINEST = 10**6  # of the shares that are kept, one part: times a length it fits int64
 
@@ -32,15 +36,17 @@ class Kept:
         target_T1: int32, the sequence of a kept token, -1 for the others.
         plan: over B sequences; R is exactly the number of kept tokens, `offsets_G1` the next
             cu_seqlens.
-        lengths: kept tokens of each sequence, on the host.
+        lengths: kept tokens of each sequence, on the host; none if `bounded`.
         expected: how many tokens the router keeps by its probabilities, to learn how many; None:
             that is not learned.
+        bounded: R is a bound, and the host does not know how many there are; see `Bounds`.
     """
 
     target_T1: Tensor
     plan: Plan
     lengths: tuple[int, ...]
     expected: Tensor | None = None
+    bounded: bool = False
 
 
 class DepthRouter(nn.Module):
@@ -117,9 +123,16 @@ def flops_of(router: nn.Module, tokens: int) -> int:
     return 2 * tokens * sum(p.numel() for p in router.parameters() if p.dim() > 1)
 
 
-def share_of(keep: float) -> Fraction:
+@lru_cache(64)  # a curriculum asks for another one each step
+def _share_of(keep: float) -> tuple[int, int]:
     """0.6 means 3/5: in floats, 0.6 of 5 tokens is rounded up to 4."""
-    return Fraction(str(keep)).limit_denominator(FINEST)
+    return Fraction(str(keep)).limit_denominator(FINEST).as_integer_ratio()
+
+
+def part_of(keep: float, length: Count) -> Count:
+    """A fraction `keep` of a length, rounded up; of an int, or of an int64 tensor of them."""
+    of, parts = _share_of(keep)
+    return -(-of * length // parts)
 
 
 def keep_best(
@@ -132,17 +145,14 @@ def keep_best(
         least: tokens of a sequence to keep, if it has so many.
     """
     # counted twice, here and on the device: a copy from here could not be part of a CUDA graph
-    share = share_of(keep)
-    kept = [min(n, max(math.ceil(share * n), least)) for n in lengths]
+    kept = [min(n, max(part_of(keep, n), least)) for n in lengths]
     count_B = count_best(offsets_B1.diff().long(), keep, least)
     return keep_counted(logit_T.detach(), offsets_B1, kept, count_B)
 
 
 def count_best(length_B: Tensor, keep: float, least: int = 0) -> Tensor:
     """(B,) int64, how many of so many tokens `keep_best` keeps."""
-    share = share_of(keep)
-    part_B = -(-share.numerator * length_B // share.denominator)
-    return torch.minimum(part_B.clamp(min=least), length_B)
+    return torch.minimum(part_of(keep, length_B).clamp(min=least), length_B)
 
 
 def keep_counted(logit_T: Tensor, offsets_B1: Tensor, kept: Sequence[int], count_B: Tensor) -> Kept:
@@ -163,12 +173,21 @@ def keep_all(lengths: Sequence[int], offsets_B1: Tensor) -> Kept:
     return Kept(sequence_T[:, None], every_token(sum(lengths), offsets_B1), tuple(lengths))
 
 
-def keep_where(keep_T: Tensor, offsets_B1: Tensor) -> Kept:
-    """The tokens where `keep_T` (bool) holds. Waits for the device: their number is a value."""
+def keep_where(keep_T: Tensor, tokens: Tokens, bounds: Bounds | None = None) -> Kept:
+    """The tokens where `keep_T` (bool) holds. Waits for the device: their number is a value; not
+    with fixed bounds, which leave rows of no token behind the others."""
+    offsets_B1 = tokens.offsets_B1
     sequence_T = reference.sequence_of(offsets_B1, keep_T.numel())
     target_T1 = torch.where(keep_T, sequence_T, -1).int()[:, None]
+    if bounds is not None and bounds.fixed:
+        sequences = offsets_B1.numel() - 1
+        target_T1 = target_T1.masked_fill(target_T1 >= sequences, -1)  # rows of no token
+        return Kept(target_T1, bounds.cut(plan_from_ids(target_T1, sequences)), (), bounded=True)
     count_B = reference.count(target_T1, offsets_B1.numel() - 1)
-    return _kept(target_T1, tuple(count_B.tolist()))
+    kept = _kept(target_T1, tuple(count_B.tolist()))
+    if bounds is not None:
+        bounds.saw(kept.plan)
+    return kept
 
 
 def _kept(target_T1: Tensor, lengths: tuple[int, ...]) -> Kept:

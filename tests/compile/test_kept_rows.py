@@ -6,6 +6,7 @@ from tests.compile.test_sm90 import machine_code, spills
 
 depth_gate = pytest.importorskip("moe_router_kernels.depth_gate")
 kept_rows = pytest.importorskip("moe_router_kernels.kept_rows")
+vector_linear = pytest.importorskip("moe_router_kernels.vector_linear")
 
 TYPES = dict.fromkeys(["x_ptr", "w_ptr", "out_ptr"], "*bf16") | {"kept_ptr": "*i8"}
 TYPES |= dict.fromkeys(["T", "N", "K", "stride_x"], "i32")
@@ -29,3 +30,14 @@ def test_rms_logit(block, tmp_path):
     kernel = depth_gate._rms_logit_kernel
     pointers = ["x_ptr", "w_ptr", "D", "stride_x"]
     assert spills(machine_code(kernel, types, {"BLOCK": block}, tmp_path, pointers)) == 0
+
+
+@pytest.mark.parametrize("out", ["*bf16", "*fp32"])
+def test_layers_of_one_token(out, tmp_path):
+    types = dict.fromkeys(["x_ptr", "a_ptr", "b_ptr", "c_ptr"], "*bf16") | {"out_ptr": out}
+    types |= dict.fromkeys(["A", "B", "C", "K"], "i32")
+    constants = {"ROWS": vector_linear._ROWS, "BLOCK_K": vector_linear._SPAN}
+    sass = machine_code(
+        vector_linear._vector_kernel, types, constants, tmp_path, list(types), num_warps=8
+    )
+    assert spills(sass) == 0 and "LDG.E.128" in sass

@@ -180,10 +180,10 @@ def test_rows_and_their_gradients_are_those_of_the_reference(T, K, dim):
     "lengths, counts, G",
     [([0, 5, 40, 1], [2, 3, 17, 1], 1), ([30, 30], [4, 4], 6), ([300], [300], 2), ([], [], 3)],
 )
-@pytest.mark.parametrize("ties", [True, False])
-def test_the_best_of_each_segment(lengths, counts, G, ties):
+@pytest.mark.parametrize("ties, behind", [(True, 0), (False, 0), (False, 5)])
+def test_the_best_of_each_segment(lengths, counts, G, ties, behind):
     generator = torch.Generator().manual_seed(len(lengths))
-    score_TG = torch.randn(sum(lengths), G, generator=generator) * 3
+    score_TG = torch.randn(sum(lengths) + behind, G, generator=generator) * 3
     if ties:
         score_TG = score_TG.round()  # with both zeros
         score_TG[1::7] = torch.nan
@@ -193,4 +193,4 @@ def test_the_best_of_each_segment(lengths, counts, G, ties):
         select_top_c(score_TG.to(DEVICE), offsets_S1, count_S, kernels)
         for kernels in ("triton", "reference")
     )
-    assert torch.equal(ours, wanted)
+    assert torch.equal(ours, wanted) and not ours[sum(lengths) :].any()

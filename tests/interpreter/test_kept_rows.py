@@ -1,11 +1,12 @@
-"""A linear layer of kept tokens by Triton against the reference, on a GPU or interpreted."""
+"""Linear layers of kept tokens, and of one token, by Triton against the reference, on a GPU or
+interpreted."""
 
 import os
 
 import pytest
 import torch
 
-from moe_router_kernels import kept_op, reference
+from moe_router_kernels import kept_op, linear_op, reference
 from tests.interpreter.poison import poisoned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,3 +58,28 @@ def test_logits_of_tokens_at_any_scale(tokens, dim, dtype):
     assert got.dtype == torch.float32
     wanted = reference.rms_logit(x.double(), weight.double(), bias.double()).float()
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "inputs, outputs", [(40, [24]), (1030, [9, 1, 30]), (64, [16, 8]), (1, [1])]
+)
+def test_layers_of_one_token_in_one_launch(inputs, outputs, dtype, wide):
+    generator = torch.Generator().manual_seed(inputs)
+    x = torch.randn(1, inputs, generator=generator).to(DEVICE, dtype)
+    weights = [torch.randn(n, inputs, generator=generator).to(DEVICE, dtype) for n in outputs]
+    weights = [w * inputs**-0.5 for w in weights]
+    out = torch.float32 if wide else dtype
+    with poisoned():
+        got = linear_op.linears(x, weights, dtype=out, kernels="triton")
+    for y, w in zip(got, weights, strict=True):
+        wanted = (x.double() @ w.double().T).to(out)
+        tolerance = TOLERANCE[out]
+        torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_one_token_is_its_own_regime_and_more_are_torchs():
+    x, w = torch.randn(2, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE)
+    (got,) = linear_op.linears(x, [w], kernels="triton")
+    assert torch.equal(got, torch.nn.functional.linear(x, w))

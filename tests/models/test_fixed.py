@@ -5,7 +5,7 @@ import torch
 
 from moe_router.config import RoutingConfig
 from moe_router.errors import ConfigError
-from moe_router.layers import swiglu
+from moe_router.layers import linear
 from moe_router.models import KVCache
 from moe_router.models.fixed import FixedStep
 from moe_router_kernels import kept_op
@@ -39,7 +39,7 @@ def test_fixed_steps_are_the_steps_of_a_growing_cache(name, monkeypatch):
         return linear_of_kept(x, weight, kept)
 
     linear_of_kept = kept_op.linear_of_kept
-    monkeypatch.setattr(swiglu.kept_op, "linear_of_kept", watched)
+    monkeypatch.setattr(linear.kept_op, "linear_of_kept", watched)
     step, cache = FixedStep(model, B, TOKENS), KVCache(model.config.steps, B)
     bounds = torch.arange(B + 1, dtype=torch.int32)
     for n, ids_B in enumerate(texts(23)):
