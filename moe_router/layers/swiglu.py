@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_router_kernels import kept_op
+from moe_router.layers.linear import linear_of_kept
 
 
 class SwiGLU(nn.Module):
@@ -15,18 +15,6 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, kept_T: Tensor | None = None) -> Tensor:
-        """kept_T: see `linear_of_kept`."""
+        """kept_T: see `layers.linear`."""
         gate, up = linear_of_kept(self.gate_up, x, kept_T).chunk(2, -1)
         return linear_of_kept(self.down, F.silu(gate) * up, kept_T)
-
-
-def linear_of_kept(layer: nn.Linear, x_TD: Tensor, kept_T: Tensor | None) -> Tensor:
-    """A layer without bias; nothing is computed for tokens that are not kept, in no gradient's way.
-
-    Args:
-        kept_T: bool, on the device; None: all are.
-    """
-    if kept_T is None:
-        out: Tensor = layer(x_TD)
-        return out
-    return kept_op.linear_of_kept(x_TD, layer.weight.to(x_TD.dtype), kept_T)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_router.config import RouterKind
-from moe_router_kernels import reference
+from moe_router_kernels import linear_op, reference
 from moe_router_kernels.choose import constant_while_tracing
 
 _log = logging.getLogger(__name__)
@@ -24,10 +24,17 @@ class LinearScore(nn.Module):
 
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         half = x_TD.is_cuda and x_TD.dtype == self.weight.dtype and x_TD.dtype.itemsize == 2
+        if half and not torch.is_grad_enabled() and x_TD.size(0) == 1:
+            return linear_op.linears(x_TD, [self.weight], dtype=torch.float32)[0]
         if half and not torch.is_grad_enabled() and _widens(x_TD.dtype):
             # products of 16-bit numbers are exact in fp32: the same sums, without two casts
             return _widening_mm(x_TD, self.weight.mT)
-        return F.linear(reference.wide(x_TD), reference.wide(self.weight))
+        return _linear(reference.wide(x_TD), self.weight)
+
+
+def _linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In the dtype of x_TD, which is fp32 or more: a model in fp64 may have routers in fp32."""
+    return F.linear(x_TD, weight.to(x_TD.dtype), None if bias is None else bias.to(x_TD.dtype))
 
 
 def _widening_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -61,9 +68,8 @@ class MLPScore(nn.Module):
         self.weight = nn.Parameter(torch.randn(groups, hidden) * hidden**-0.5)
 
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
-        x_TD = reference.wide(x_TD)
-        hidden_TH = F.linear(x_TD, reference.wide(self.up.weight), reference.wide(self.up.bias))
-        return F.linear(F.gelu(hidden_TH), reference.wide(self.weight))
+        hidden_TH = _linear(reference.wide(x_TD), self.up.weight, self.up.bias)
+        return _linear(F.gelu(hidden_TH), self.weight)
 
 
 class PositionScore(nn.Module):
@@ -77,9 +83,7 @@ class PositionScore(nn.Module):
         features, dtype = self.weight.size(1) // 2, reference.wide(x_TD).dtype
         octave_F = torch.arange(features, device=x_TD.device, dtype=dtype) / features
         angle_TF = position_T[:, None] * 10000.0**-octave_F
-        return F.linear(
-            torch.cat([angle_TF.sin(), angle_TF.cos()], -1), reference.wide(self.weight)
-        )
+        return _linear(torch.cat([angle_TF.sin(), angle_TF.cos()], -1), self.weight)
 
 
 def make_score(

@@ -75,7 +75,9 @@ class Decoder:
         if work.admit:
             self._rows += [Row.of(request) for request in work.admit]
             self._cache.join(len(work.admit))
-        if steps is None or not self._rows or not all(row.plain for row in self._rows):
+        if steps is not None and not self._rows:  # and no other rank waits for these experts
+            return events
+        if steps is None or not all(row.plain for row in self._rows):
             return events + self._pass(work.read)
         return events + self._fixed(steps)
 

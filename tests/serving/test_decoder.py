@@ -57,6 +57,15 @@ def test_texts_outlast_a_stretch_of_steps_and_outgrow_its_tables(ahead, monkeypa
     assert drive(decoder, {0: long[:1], 9: long[1:]}, 140) == wanted(model, long, None)
 
 
+def test_a_text_that_ends_with_its_stretch_costs_no_pass_of_nobody(monkeypatch):
+    monkeypatch.setattr(steps, "STRETCH", 3)
+    model, tokens = byte_model(), []
+    model.register_forward_pre_hook(lambda _, args: tokens.append(len(args[0])))
+    decoder = Decoder(model, None, ahead=1)
+    drive(decoder, {0: [request(0, "ab", max_new_tokens=4)]}, 8)
+    assert tokens == [2, 1, 1, 1]
+
+
 @pytest.mark.parametrize("routing", [HALT, SKIP], ids=["halt", "skip"])
 def test_prompts_are_read_in_parts_where_tokens_skip_blocks(routing):
     model = byte_model(routing=routing)
@@ -223,3 +232,42 @@ def test_a_captured_step_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert decoder._steps.uncaptured == ""
+
+
+def first_gap(model, one, made):
+    """Between the two likeliest logits of `generate`'s text where it and `made` part; 0: never."""
+    (text,) = wanted(model, [one], None).values()
+    assert len(made) == len(text) == one.sampling.max_new_tokens
+    parted = [i for i, (a, b) in enumerate(zip(made, text, strict=True)) if a != b]
+    if not parted:
+        return 0.0
+    device = model.embed.weight.device
+    ids_T = torch.tensor([*one.prompt, *text[: parted[0]]], device=device)
+    position_T = torch.arange(len(ids_T), dtype=torch.int32, device=device)
+    with torch.no_grad():
+        logits_TV = model(ids_T, position_T, torch.tensor([0, len(ids_T)]).int()).logits_TV
+    first, second = logits_TV[-1].topk(2).values.tolist()
+    return first - second
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("experts", [0, 6])
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_bf16_texts_part_where_two_tokens_are_equally_likely(device, experts):
+    model = byte_model(std=4.0, dim=64, experts=experts).to(device, torch.bfloat16).eval()
+    texts = ["never far", "x", "the same in any batch", "read in parts, as it is long", "b", "or"]
+    requests = [request(i, s, temperature=0.0, max_new_tokens=40) for i, s in enumerate(texts)]
+    joined = {0: requests[:2], 5: requests[2:4], 11: requests[4:]}
+    made = drive(Decoder(model, None, ahead=1), joined, 120, read=7)
+    gaps = [first_gap(model, one, made[one.id]) for one in requests]
+    assert max(gaps) < 0.05, gaps
+
+
+def test_a_gap_is_seen_where_texts_part():
+    model = byte_model(std=8.0).eval()
+    one = request(0, "ab", temperature=0.0)
+    (text,) = wanted(model, [one], None).values()
+    assert first_gap(model, one, text) == 0
+    assert first_gap(model, one, [*text[:5], text[5] + 1, *text[6:]]) > 0.05
