@@ -11,13 +11,18 @@ layer's cache.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moe_router.config_routing import RoutingConfig
 from moe_router.integrations.leaving import Halting
-from moe_router.integrations.packed import Asked, Slots
-from moe_router.integrations.rows import Rows, also_minimise, refuse_states, weights_of
+from moe_router.integrations.packed import Asked, Slots, require_ours
+from moe_router.integrations.rows import (
+    Rows,
+    also_minimise,
+    not_padding,
+    refuse_states,
+    weights_of,
+)
 from moe_router.integrations.stacked import Stacked
 from moe_router.layers.skip import Skip
 from moe_router.routing import Context
@@ -50,7 +55,7 @@ class Call:
         position_BS: Tensor = self.more.pop("position_ids").expand(B, S)
         self.grid = (B, S)
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length(layer))
-        here_BS = _here(self.mask_B1SL, B, S, self.past, x_BSD.device)
+        here_BS = not_padding(self.mask_B1SL, self.grid, x_BSD.device, causal=True, past=self.past)
         self.rows = Rows.of(x_BSD, here_BS, position_BS, causal=True)
 
 
@@ -123,6 +128,7 @@ class RoutedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **more: Any) -> Tensor:
         """(B, S, D) to the same; the arguments are those of a layer of transformers."""
+        require_ours(self.self_attn.config)
         x_SD = hidden_states.flatten(0, 1)
         more["attention_mask"] = attention_mask
         call = Call(hidden_states, self.self_attn.layer_idx, more)
@@ -165,6 +171,7 @@ class RoutedStack(Stacked):
 
     def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
         """(B, S, D) to the same; the arguments are those of a layer of transformers."""
+        require_ours(self.config)
         refuse_states(self.config, more)
         call = Call(hidden_states, 0, more)
         layers = [DecoderLayer(layer, layer, call, self.context) for layer in self.layers]
@@ -202,11 +209,3 @@ def all_seen(config: Any) -> bool:
     if kinds:
         return set(kinds) == {"full_attention"}
     return getattr(config, "sliding_window", None) is None
-
-
-def _here(mask_B1SL: Tensor | None, B: int, S: int, past: int, device: torch.device) -> Tensor:
-    """(B, S) bool: what is no padding, for a token sees its own slot."""
-    if mask_B1SL is None:
-        return torch.ones(B, S, dtype=torch.bool, device=device)
-    own = past + torch.arange(S, device=device)
-    return mask_B1SL[:, 0, torch.arange(S, device=device), own]

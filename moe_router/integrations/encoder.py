@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moe_router.config_routing import RoutingConfig
 from moe_router.integrations.leaving import Halting, Merging, Pruning
-from moe_router.integrations.packed import Asked
-from moe_router.integrations.rows import Rows, refuse_states, weights_of
+from moe_router.integrations.packed import Asked, require_ours
+from moe_router.integrations.rows import Rows, not_padding, refuse_states, weights_of
 from moe_router.integrations.stacked import Stacked
 from moe_router.routing import Context
 from moe_router.routing.context import PLAIN
@@ -111,10 +111,13 @@ class RoutedLayers(Stacked):
     ) -> Tensor:
         """(B, S, D) to the same; attention_mask is what transformers made of the padding."""
         assert encoder_hidden_states is None  # a decoder's
+        require_ours(self.config)
         refuse_states(self.config, asked)
         B, S, D = hidden_states.shape
-        here_BS = _not_padding(attention_mask, B, S, hidden_states.device)
+        here_BS = not_padding(attention_mask, (B, S), hidden_states.device, causal=False, past=0)
         rows = Rows.of(hidden_states, here_BS, here_BS.int().cumsum(1) - 1, causal=False)
+        if rows.packing.tokens == 0:  # transformers' layers take no empty batch
+            return torch.zeros_like(hidden_states)
         layers = [EncoderLayer(layer, rows, self.context) for layer in self.layers]
         x_TD = self.depth.run(layers, rows, self.context)
         out_SD = x_TD.new_zeros(B * S, D).index_copy(0, rows.place_T, x_TD)
@@ -123,8 +126,8 @@ class RoutedLayers(Stacked):
 
 def layers_of(model: Any) -> tuple[Any, str] | None:
     """The module that has the layers of an encoder, and by what name; None: not known here."""
-    if getattr(model.config, "is_decoder", False):
-        return None
+    if getattr(model.config, "is_decoder", False) or not hasattr(model.config, "num_hidden_layers"):
+        return None  # the second is of two models in one
     for module in model.modules():
         layers = getattr(module, "layer", None)
         if isinstance(layers, nn.ModuleList) and all(hasattr(x, "intermediate") for x in layers):
@@ -149,10 +152,3 @@ def route(owner: Any, name: str, model: Any, config: RoutingConfig) -> None:
             depth = Merging(*sizes, channels=own.hidden_size // own.num_attention_heads)
     made = RoutedLayers(layers, own, depth)
     setattr(owner, name, made.to(model.device).train(model.training))
-
-
-def _not_padding(mask: Tensor | None, B: int, S: int, device: torch.device) -> Tensor:
-    """(B, S) bool, from a (B, 1, S, S) mask: bool, True for a key that is seen."""
-    if mask is None:
-        return torch.ones(B, S, dtype=torch.bool, device=device)
-    return mask[:, 0, 0].expand(B, S)

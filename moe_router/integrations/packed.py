@@ -131,3 +131,15 @@ def exchange(model: PreTrainedModel, want: str) -> None:
             f"wrap: {type(model).__name__}: its attention is not exchangeable in transformers; "
             f"want {want}"
         )
+
+
+def require_ours(config: Any) -> None:
+    """Raises:
+    ConfigError: since `exchange`, the model was given another attention, which would mix texts.
+    """
+    got = config._attn_implementation
+    if got != NAME:
+        raise ConfigError(
+            f"attn_implementation={got}: a wrapped model wants set_attn_implementation({NAME!r}): "
+            "only that knows which tokens are computed"
+        )

@@ -66,6 +66,44 @@ class Rows:
         return replace(self, x_TD=x_TD)
 
 
+def not_padding(
+    mask_B1SL: Tensor | None,
+    grid: tuple[int, int],
+    device: torch.device,
+    *,
+    causal: bool,
+    past: int,
+) -> Tensor:
+    """(B, S) bool, from the mask that transformers made of the padding: who is none sees itself.
+
+    Args:
+        grid: B, S of the new tokens.
+        causal: whether, without a past, a token sees the earlier ones alone.
+        past: slots before the new tokens; with one, the mask itself says who sees whom.
+
+    Raises:
+        ConfigError: it says something that packed rows do not: waits for the device.
+    """
+    B, S = grid
+    if mask_B1SL is None:
+        return torch.ones(B, S, dtype=torch.bool, device=device)
+    mask_BHSL = mask_B1SL.expand(B, -1, S, -1)
+    new = torch.arange(S, device=device)
+    here_BS = mask_BHSL[:, 0, new, past + new]
+    fits = mask_BHSL.dtype is torch.bool
+    if fits and not past:
+        seen_BSS = here_BS[:, None].expand(B, S, S)
+        seen_BSS = seen_BSS.tril() if causal else seen_BSS
+        other_BHSS = mask_BHSL[..., :S] != seen_BSS[:, None]
+        fits = not bool((other_BHSS & here_BS[:, None, :, None]).any())
+    if not fits:
+        raise ConfigError(
+            "attention_mask: after wrap it tells padding alone; want (B, S) of 1 and 0, and one "
+            "text a row: position_ids that do not begin again"
+        )
+    return here_BS
+
+
 def weights_of(module: nn.Module, *, without: nn.Module | None = None) -> int:
     """Numbers in the matrices of a module; 2 FLOPs each for a token.
 

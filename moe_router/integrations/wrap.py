@@ -15,6 +15,7 @@ from moe_router.errors import CheckpointError, ConfigError
 from moe_router.integrations import decoder, encoder
 from moe_router.integrations.packed import exchange
 from moe_router.routing import Context
+from moe_router.strict_schema import section
 
 KEY = "moe_router"  # of config.json
 _PARTS = {"prunes", "skip", "halts", "merges"}  # names of the modules that hold routers
@@ -53,7 +54,8 @@ def wrap(model: PreTrainedModel, kind: str, *, freeze: bool = True, **routing: A
         The model. `save_pretrained` writes the routers too; `load_wrapped` reads them.
 
     Raises:
-        ConfigError: another kind, or a model whose layers are not known here.
+        ConfigError: another kind, a wrong value, a model whose layers are not known here, or are
+            spread over devices.
     """
     if kind not in _KEYS:
         raise ConfigError(f"wrap: kind={kind}: want {', '.join(_KEYS)}; see docs/huggingface.md")
@@ -61,13 +63,15 @@ def wrap(model: PreTrainedModel, kind: str, *, freeze: bool = True, **routing: A
     unknown = sorted(routing.keys() - set(keys))
     if unknown:
         raise ConfigError(f"wrap: {unknown[0]}: kind={kind} wants {', '.join(keys)}")
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"wrap: {type(model).__name__}: want a model of transformers itself")
     if getattr(model.config, KEY, None):
         raise ConfigError(
             f"wrap: {type(model).__name__}: is wrapped already; load_wrapped reads a saved one"
         )
     if kind == "halt":  # of the three it alone begins near the model itself
         routing = {"halting": "tsa"} | routing
-    config = RoutingConfig(kind=kind, **routing)  # type: ignore[arg-type]
+    config = section({"kind": kind} | routing, RoutingConfig, "model.routing")
     _route(model, config)
     setattr(model.config, KEY, {"kind": kind} | {key: getattr(config, key) for key in keys})
     if freeze:
@@ -84,9 +88,15 @@ def _route(model: Any, config: RoutingConfig) -> None:
         fit = {"skip": _DECODERS, "halt": f"{_ENCODERS}; {_DECODERS}"}.get(kind, _ENCODERS)
         why = f"; {_WHY[kind]}" if encodes or decodes else "; its layers are not known here"
         raise ConfigError(f"wrap: {name}: kind={kind} wants {fit}{why}")
-    most = model.config.num_hidden_layers - _LAST[kind]
-    if config.first > most:
-        raise ConfigError(f"wrap: first={config.first}: want at most {most}")
+    layers = model.config.num_hidden_layers
+    if config.first > layers - _LAST[kind]:
+        few = f"kind={kind} wants more layers than {layers}"
+        want = f"want at most {layers - _LAST[kind]}" if layers >= _LAST[kind] else few
+        raise ConfigError(f"wrap: first={config.first}: {want}")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ConfigError(  # hooks call the layers as they were before
+            f"wrap: {name}: device_map has it on several devices, or on disk; want it on one"
+        )
     exchange(model, _ENCODERS if found else _DECODERS)
     if found:
         encoder.route(*found, model, config)

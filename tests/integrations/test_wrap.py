@@ -47,7 +47,7 @@ LENGTHS, S = (11, 4, 1, 8), 11
 
 def made(kind=BertModel, config=BertConfig, **more):
     torch.manual_seed(0)
-    return kind(config(**SIZES, **more)).eval()
+    return kind(config(**SIZES | more)).eval()
 
 
 def batch(lengths=LENGTHS, width=S, left=False):
