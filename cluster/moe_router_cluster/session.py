@@ -36,12 +36,13 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     """Ray for the body of a `with`; nothing of it is left afterwards. One that runs is kept.
 
     Raises:
-        ClusterError: no cluster answers at cluster.address.
+        ClusterError: no cluster answers at cluster.address, or this process is in another one.
     """
     prepare_environment(cluster)
     import ray  # reads the environment
 
     if ray.is_initialized():
+        _require_same(cluster.address, ray.get_runtime_context().gcs_address)
         yield
         return
     try:
@@ -74,6 +75,15 @@ def _start(cluster: ClusterConfig) -> None:
     except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise _nobody(cluster.address, first) from error
+
+
+def _require_same(address: str | None, here: str) -> None:
+    # by port alone: a host has several names and addresses
+    if address not in (None, "auto") and address.rpartition(":")[2] != here.rpartition(":")[2]:
+        raise ClusterError(
+            f"cluster.address={address}: this process is in the Ray cluster at {here}; leave that "
+            "by ray.shutdown(), or set cluster.address=auto to stay"
+        )
 
 
 def _require_somebody(address: str) -> None:

@@ -36,6 +36,13 @@ def ray_here():
         yield
 
 
+def test_a_process_of_one_cluster_does_not_run_there_what_asks_for_another():
+    wanted = "this process is in the Ray cluster at .*; leave that by ray.shutdown"
+    elsewhere = session.ray_session(ClusterConfig(address="10.0.0.1:1"))
+    with pytest.raises(ClusterError, match=wanted), elsewhere:
+        pytest.fail("it ran")
+
+
 def agreed(epoch=1, ranks=2) -> dict:
     torch.manual_seed(0)
     own = Router(D, RouterConfig(experts=E, top_k=2))

@@ -1,5 +1,6 @@
-"""Every fault of `benchmarks.faults` with two ranks, and two lost of four: no trace is left. Six of
-them run in `make test` too: tests/cluster/test_fault_rows.py."""
+"""Every fault of `benchmarks.faults` with two ranks, and two lost of four, in one Ray: no trace is
+left. Those that take their Ray with them: test_faults_of_nodes.py. Six run in `make test` too:
+tests/cluster/test_fault_rows.py."""
 
 import signal
 
@@ -12,8 +13,7 @@ from moe_router_cluster.session import ray_session
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 TWO = faults(2)
 FOUR = [fault for fault in faults(4) if fault.name == "SIGKILL/two at once/W4"]
-OWN_RAY = [fault for fault in TWO if fault.victim in bench.OWN_RAY]
-SHARED = [fault for fault in (*TWO, *FOUR) if fault not in OWN_RAY]
+SHARED = [fault for fault in (*TWO, *FOUR) if fault.victim not in bench.OWN_RAY]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,3 @@ def test_a_fault_leaves_no_trace(fault, folder, shared_ray):
         assert row["detect_s"] < SILENT_S, row  # nobody waited for silence
     if fault.replicate_every:
         assert row["from_step"] > CHECKPOINT_EVERY  # the replica, not the checkpoint
-
-
-@pytest.mark.parametrize("fault", OWN_RAY, ids=lambda fault: fault.name)
-def test_a_lost_driver_and_a_lost_node_leave_no_trace(fault, tmp_path):
-    assert measured(fault, tmp_path)["from_step"] >= CHECKPOINT_EVERY
