@@ -1,7 +1,7 @@
 """A pretrained MiniLM from which tokens are pruned: how good its embeddings stay, and how fast.
 
     python -m benchmarks.minilm --model DIR --data DIR [--device cuda] [--only PATTERN]
-        [--seconds S] [--save]
+        [--seconds S] [--batch N] [--save]
 
 The model: sentence-transformers/all-MiniLM-L6-v2. The data: sst2/stsa.binary.train and .test,
 banking77/train.csv and test.csv. Routers after the second and the fourth of six layers each leave
@@ -18,6 +18,7 @@ import fnmatch
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from benchmarks.timing import Deadline, Run, interleave
 from moe_router import Context, Ledger
 from moe_router.integrations.wrap import set_context
 
-TIMED = {"cpu": (32, torch.float32), "cuda": (512, torch.bfloat16)}  # sentences in a batch
+# sentences in a batch; 512 keep a GPU busy for 2 ms, less than any host needs to launch six layers
+TIMED = {"cpu": (32, torch.float32), "cuda": (4096, torch.bfloat16)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +122,15 @@ def one_seed(full: Full, setting: Setting, seed: int) -> dict[str, Any]:
     }
 
 
-def speed(full: Full, setting: Setting, rounds: int) -> dict[str, Any]:
-    """Sentences a second, in turn, and the FLOPs that ran over the dense ones; on a GPU in bf16."""
-    size, dtype = TIMED[full.device]
-    texts = [text for task in full.tasks.values() for text, _ in task.tested[: size // 2]]
+def speed(full: Full, setting: Setting, rounds: int, batch: int = 0) -> dict[str, Any]:
+    """Sentences a second, in turn, and the FLOPs that ran over the dense ones; on a GPU in bf16.
+
+    Args:
+        batch: sentences; 0: as usual.
+    """
+    usual, dtype = TIMED[full.device]
+    each = (batch or usual) // len(full.tasks)
+    texts = [text for task in full.tasks.values() for text, _ in islice(cycle(task.tested), each)]
     routing, packed = (routed(full.folder, full.device, x) for x in (setting, Setting(1.0)))
     models = {
         "routed": routing, "packed": packed, "transformers": load(full.folder, full.device),
@@ -143,10 +150,12 @@ def speed(full: Full, setting: Setting, rounds: int) -> dict[str, Any]:
         )
     executed, dense = ledger.by_op()["blocks"]
     rates = {name: round(len(texts) / timing.median * 1e6, 1) for name, timing in timings.items()}
-    return {"executed": round(executed / dense, 3), "a_second": rates}
+    return {"executed": round(executed / dense, 3), "batch": len(texts), "a_second": rates}
 
 
-def rows(full: Full, patterns: list[str], deadline: Deadline, rounds: int) -> Iterator[Row]:
+def rows(
+    full: Full, patterns: list[str], deadline: Deadline, rounds: int, batch: int = 0
+) -> Iterator[Row]:
     """The full model's probes, and a row for each setting, as it is made."""
     origin = provenance(full.device)
     plain = {name: score(full, name, *full.embedded[name]) for name in full.tasks}
@@ -159,7 +168,7 @@ def rows(full: Full, patterns: list[str], deadline: Deadline, rounds: int) -> It
             continue
         tell(name)
         seeds = [one_seed(full, setting, seed) for seed in range(setting.seeds)]
-        measured = spread(seeds) | speed(full, setting, rounds)
+        measured = spread(seeds) | speed(full, setting, rounds, batch)
         yield {"name": name, "seeds": len(seeds), **measured} | origin
 
 
@@ -183,11 +192,12 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="rows by shell pattern, several by commas")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each speed")
+    parser.add_argument("--batch", type=int, default=0, help="sentences that are timed at once")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     deadline = Deadline(args.seconds)
     full = prepare(args.model, args.data, args.device)
-    for row in rows(full, args.only.split(","), deadline, args.rounds):
+    for row in rows(full, args.only.split(","), deadline, args.rounds, args.batch):
         print(row, flush=True)
         if args.save:
             save("minilm", [row])

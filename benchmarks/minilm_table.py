@@ -22,7 +22,7 @@ itself stays as it is. *Cosine* is that of a sentence's embedding with the full 
 *correlation* that of the similarities of all pairs of sentences, *probe* the accuracy of a linear
 probe; on sentences that no router saw. *FLOPs* are executed ones over those of the dense layers.
 *Packed* is the same code without pruning: the gain over *transformers* that is not of pruning, but
-of leaving padding out. Sentences a second, in batches of 32 (on a GPU 512, in bf16), tokenised
+of leaving padding out. Sentences a second, in batches of 32 (on a GPU 4096, in bf16), tokenised
 before, the three timed in turn: they compare within a row, not between rows. Of several seeds it is
 the mean ± the standard deviation.
 
