@@ -181,10 +181,8 @@ def test_flops_are_those_torch_counts(variant):
         if "attention" not in str(op)
     )
     total, D = cost(config), config.model.dim
-    encoder = config.model.kind == "encoder"
-    seen = config.model.layers * 2 * D * (2 * S if encoder else S + 1)
-    pooled = 2 * S * D if encoder else 0  # a mean, which the counter takes for a product
-    assert counted == S * (total.flops - seen) + pooled
+    keys = 2 * S if config.model.kind == "encoder" else S + 1
+    assert counted == S * (total.flops - config.model.layers * 2 * D * keys)
 
 
 def test_expert_flops_by_hand():

@@ -13,12 +13,13 @@ from tests.training.test_ranks import assert_same_curve
 
 STEPS = 5
 ROUTING = {
-    "skip": {"kind": "skip", "keep": 0.5, "every": 1, "first": 0, "predictor": "mlp"},
+    # by position: the bytes of a sequence repeat, and rounding would decide between equal ones
+    "skip": {"kind": "skip", "router": "position", "keep": 0.5, "predictor": "mlp"}
+    | {"every": 1, "first": 0},
     "halt": {"kind": "halt", "threshold": 0.7, "start": -0.5, "every": 1, "first": 0}
     | {"budget": 0.6, "cost_loss": 0.1},
     "ponder": {"kind": "halt", "halting": "ponder", "threshold": 0.6, "start": 0.2}
     | {"soft_steps": 2, "every": 1, "first": 0},
-    # by position: the bytes of a sequence repeat, and rounding would decide between equal ones
     "leap": {"kind": "leap", "router": "position", "start": 0.0, "every": 1, "first": 0}
     | {"budget": 0.6},
 }
@@ -26,7 +27,7 @@ ROUTING = {
 RESUMED = ROUTING | {
     "tsa": {"kind": "halt", "halting": "tsa", "threshold": 0.6, "start": 0.2, "budget": 0.7}
     | {"soft_steps": 3, "router": "mlp", "router_hidden": 8, "every": 1, "first": 0},
-    "early": ROUTING["skip"] | {"decide_at": "early", "curriculum": 4},
+    "early": ROUTING["skip"] | {"router": "linear", "decide_at": "early", "curriculum": 4},
 }
 LOSS = {"skip": "predictor", "halt": "ponder", "ponder": "ponder", "leap": "cost"}
 
