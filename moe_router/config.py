@@ -200,15 +200,19 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """Sampling, for `generate` and for the sample at the end of a run."""
+    """Sampling, for `generate`, for the sample at the end of a run, and where a request to a served
+    model leaves it open; and what a served model remembers."""
 
     prompt: str = "The "
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int = 0  # 0 is off
     top_p: float = 1.0
+    remember: int = 16_384  # tokens that a rank has room for from the start; what running texts
+    # leave of it holds earlier ones, for prompts that begin like them; 0: none
 
     def __post_init__(self) -> None:
+        require(self.remember >= 0, "serve.remember", self.remember, "0 or more tokens")
         require(self.max_new_tokens >= 1, "serve.max_new_tokens", self.max_new_tokens, "1 or more")
         require(self.temperature >= 0, "serve.temperature", self.temperature, "0 or more")
         require(0 < self.top_p <= 1, "serve.top_p", self.top_p, "0 < top_p <= 1")

@@ -172,7 +172,8 @@ class ExpertShard(Member):
         folder = Path(step_dir)
         step = int(read_about(folder)["step"])
         model, config, tokenizer = load_for_inference(folder, self._device, ranks=self._ranks)
-        self._decoder = Decoder(model, tokenizer.document_id)
+        remember = self._config.serve.remember  # the checkpoint's may say otherwise
+        self._decoder = Decoder(model, tokenizer.document_id, remember=remember)
         self._shifts = Shifts(model, config)
         self._facts = facts(model, config.run.name, epoch=1, step=step)
         return step

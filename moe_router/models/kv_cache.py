@@ -3,7 +3,8 @@ of pages, so that a layer which some tokens skip holds fewer of them; all layers
 from one pool. For inference: nothing here has a gradient.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,14 +24,15 @@ PAGE = 64  # slots: half of a page is wasted a sequence and layer, a table entry
 
 
 class Pages:
-    """A pool of pages; it grows by doubling. Page 0 is nobody's: what is computed for no sequence
-    may be written there.
+    """A pool of pages; where nobody can spare one it grows by doubling. Page 0 is nobody's: what is
+    computed for no sequence may be written there.
 
     Args:
         slots: of a page.
         reserve: pages to hold from the start.
 
     Attributes:
+        spare: asked for so many pages before the pool grows; gives back what it can.
         kv_2NJSC: keys, values: J heads of C channels in S slots of N pages; empty until a token
             says what they are like.
     """
@@ -40,6 +42,13 @@ class Pages:
         self.kv_2NJSC = torch.zeros(0)
         self._held, self._reserve = 1, reserve
         self._free: list[int] = []
+        self._more: Counter[int] = Counter()  # holders of a page beyond the first
+        self.spare: Callable[[int], None] | None = None
+
+    @property
+    def free(self) -> int:
+        """Pages that can be had before it grows."""
+        return len(self._free)
 
     @property
     def used(self) -> int:
@@ -47,14 +56,26 @@ class Pages:
 
     def take(self, count: int) -> list[int]:
         """Pages with anything in them."""
+        if self.spare is not None and count > len(self._free):
+            self.spare(count - len(self._free))
         if count > len(self._free):
             held = max(2 * self._held, self._held + count, self._reserve + 1)
             self._free = [*range(held - 1, self._held - 1, -1), *self._free]
             self._held = held
         return [self._free.pop() for _ in range(count)]
 
+    def share(self, pages: Sequence[int]) -> None:
+        """One more holds these pages, and will give them back."""
+        self._more.update(pages)
+
     def give(self, pages: Sequence[int]) -> None:
-        self._free += pages
+        """Whoever was the last holder of a page leaves it to others."""
+        for page in pages:
+            if self._more[page]:
+                self._more[page] -= 1
+            else:
+                del self._more[page]
+                self._free.append(page)
 
     def fit(self, like_TJC: Tensor) -> None:
         """Have storage for every page that was taken."""
@@ -76,6 +97,7 @@ class LayerCache:
 
     Attributes:
         lengths: slots in use; known to the host without a wait.
+        pages: of each sequence; full ones may be held by others too.
         length_B: int32, the same on the device.
         table_BM: int32, the pages of each sequence; past them anything.
         memory: what routed attention keeps beside them; None: it is dense.
@@ -85,7 +107,7 @@ class LayerCache:
         self.pool = pool
         self.memory: Memory | None = None
         self.lengths = [0] * sequences
-        self._pages: list[list[int]] = [[] for _ in range(sequences)]
+        self.pages: list[list[int]] = [[] for _ in range(sequences)]
         self._host_BM = np.zeros((sequences, 1), np.int32)
         self._new = True  # the host knows of more than the device
         self.length_B = torch.zeros(sequences, dtype=torch.int32)
@@ -142,17 +164,28 @@ class LayerCache:
         """Take the pages for so many more tokens of each sequence."""
         slots = self.pool.slots
         for row, (held, new) in enumerate(zip(self.lengths, more, strict=True)):
-            pages = self._pages[row]
+            pages = self.pages[row]
             missing = -(-(held + new) // slots) - len(pages)
             if missing <= 0:
                 continue
-            first = len(pages)
-            pages += self.pool.take(missing)
-            if len(pages) > self._host_BM.shape[1]:
-                wider = max(len(pages), 2 * self._host_BM.shape[1])
-                self._host_BM = _padded(self._host_BM, self.sequences, wider)
-            self._host_BM[row, first : len(pages)] = pages[first:]
-            self._new = True
+            self._hold(row, self.pool.take(missing))
+
+    def begin(self, row: int, pages: Sequence[int]) -> None:
+        """Let an empty sequence hold full pages that somebody else holds too."""
+        self.pool.share(pages)
+        self._hold(row, pages)
+        self.lengths[row] = len(pages) * self.pool.slots
+        self.grow(self.lengths)
+
+    def _hold(self, row: int, more: Sequence[int]) -> None:
+        pages = self.pages[row]
+        first = len(pages)
+        pages += more
+        if len(pages) > self._host_BM.shape[1]:
+            wider = max(len(pages), 2 * self._host_BM.shape[1])
+            self._host_BM = _padded(self._host_BM, self.sequences, wider)
+        self._host_BM[row, first : len(pages)] = pages[first:]
+        self._new = True
 
     def settle(self, like_TJC: Tensor) -> None:
         """Have storage for all of it, and the table on the device.
@@ -181,11 +214,11 @@ class LayerCache:
     def keep(self, row_B: Tensor, rows: Sequence[int]) -> None:
         """Hold only the sequences `rows`, in that order; row_B is the same on the device."""
         going = set(rows)
-        for row, pages in enumerate(self._pages):
+        for row, pages in enumerate(self.pages):
             if row not in going:
                 self.pool.give(pages)
         self.lengths = [self.lengths[row] for row in rows]
-        self._pages = [self._pages[row] for row in rows]
+        self.pages = [self.pages[row] for row in rows]
         self._host_BM = self._host_BM[list(rows)]
         self.length_B = self.length_B[row_B]
         if not self._new:  # else the next step brings it whole
@@ -196,7 +229,7 @@ class LayerCache:
     def join(self, sequences: int) -> None:
         """Hold so many more sequences, empty ones, after those that are here."""
         self.lengths += [0] * sequences
-        self._pages += [[] for _ in range(sequences)]
+        self.pages += [[] for _ in range(sequences)]
         self._host_BM = _padded(self._host_BM, self.sequences, self._host_BM.shape[1])
         self.length_B = torch.cat([self.length_B, self.length_B.new_zeros(sequences)])
         self._new = True

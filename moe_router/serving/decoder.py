@@ -15,13 +15,13 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from moe_router.models import CausalLM, KVCache
+from moe_router.models import CausalLM, KVCache, prefixes
 from moe_router.models.generate import require_causal
 from moe_router.models.sampling import Draws, sample
 from moe_router.models.steps import Steps, obstacle
 from moe_router.models.transfer import Download
 from moe_router.routing.context import PLAIN, Context
-from moe_router.serving.requests import Event, Finish, Trace, Work
+from moe_router.serving.requests import Event, Finish, Request, Trace, Work
 from moe_router.serving.row import Row
 from moe_router.serving.scoring import score, score_prompt
 from moe_router.serving.tracing import Tracer
@@ -34,21 +34,29 @@ class Decoder:
     model: every rank's has the same weights but for its experts; it is put into eval mode.
     stop_id: ends a sequence; no part of its text.
     ahead: steps that are launched before the tokens of one are read; None: 1 on a GPU, else 0.
+    remember: tokens that the cache has room for from the start; what running sequences leave of it
+        holds earlier texts, for prompts that begin like them.
 
     Raises:
         NotCausalError: a layer's routing looks at later tokens.
     """
 
-    def __init__(self, model: CausalLM, stop_id: int | None, *, ahead: int | None = None) -> None:
+    def __init__(
+        self, model: CausalLM, stop_id: int | None, *, ahead: int | None = None, remember: int = 0
+    ) -> None:
         require_causal(model)
         self._model, self._stop_id = model.eval(), stop_id
         self._device = model.embed.weight.device
         self._rows: list[Row] = []
-        self._cache = KVCache(model.config.steps, 0)
+        self._cache = KVCache(model.config.steps, 0, remember)
         why = obstacle(model)
         if why:
             _log.info("every token is a pass of its own: %s", why)
         self._steps = None if why else Steps(model, self._cache)
+        why = prefixes.obstacle(model.config)
+        if why and remember:
+            _log.info("every prompt is read whole: %s", why)
+        self._prefixes = None if why else prefixes.Prefixes(self._cache, remember)
         self._ahead = int(self._device.type == "cuda") if ahead is None else ahead
         self._flying: deque[Download] = deque()
 
@@ -73,13 +81,28 @@ class Decoder:
         if steps is None or not steps.bucket:
             self._keep([i for i, row in enumerate(self._rows) if not row.done])
         if work.admit:
-            self._rows += [Row.of(request) for request in work.admit]
-            self._cache.join(len(work.admit))
+            self._admit(work.admit)
         if steps is not None and not self._rows:  # and no other rank waits for these experts
             return events
         if steps is None or not all(row.plain for row in self._rows):
             return events + self._pass(work.read)
         return events + self._fixed(steps)
+
+    def _admit(self, requests: Sequence[Request]) -> None:
+        first = len(self._rows)
+        self._rows += [Row.of(request) for request in requests]
+        self._cache.join(len(requests))
+        if self._prefixes is None:
+            return
+        for i, row in enumerate(self._rows[first:], first):
+            if not row.request.reads_all:
+                row.advance(self._prefixes.lend(i, row.feed))
+                row.known = min(row.held, len(row.request.prompt))
+
+    def _remember(self, i: int) -> None:
+        """A text that begins like this one need not be read again."""
+        if self._prefixes is not None:
+            self._prefixes.remember(i, self._rows[i].read)
 
     def _fixed(self, steps: Steps) -> list[Event]:
         """Launch a step, and tell of the one that is due."""
@@ -136,8 +159,9 @@ class Decoder:
                 self._score(row, chosen.get(i), logits_TV[bounds[i] : bounds[i + 1]])
             if i in chosen:
                 events.append(self._advance(row, chosen[i]))
+                self._remember(i)
             else:
-                row.held, row.feed = row.held + shares[i], row.feed[shares[i] :]
+                row.advance(shares[i])
         self._keep([i for i, row in enumerate(rows) if not row.done])
         return events
 
@@ -196,7 +220,7 @@ class Decoder:
 
     def _advance(self, row: Row, token: int) -> Event:
         """Its feed is in the cache, and this is what comes next."""
-        row.held += len(row.feed)
+        row.advance(len(row.feed))
         row.feed = [token]
         told: int | None = token
         finish: Finish = ""
@@ -208,12 +232,14 @@ class Decoder:
             row.made += 1
             finish = "length" if row.made == row.request.sampling.max_new_tokens else ""
         row.done = bool(finish)
-        scores, trace = tuple(row.scores), row.trace
-        row.scores, row.trace = [], None
-        return Event(row.request.id, told, finish, trace, scores)
+        event = Event(row.request.id, told, finish, row.trace, tuple(row.scores), row.known)
+        row.scores, row.trace, row.known = [], None, 0
+        return event
 
     def _keep(self, going: Sequence[int]) -> None:
         if len(going) < len(self._rows):
+            for i in set(range(len(self._rows))).difference(going):
+                self._remember(i)
             self._rows = [self._rows[i] for i in going]
             self._cache.keep(torch.tensor(going, dtype=torch.int64, device=self._device))
 

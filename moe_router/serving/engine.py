@@ -191,6 +191,7 @@ class Engine:
             if waiting is None:
                 self._scheduler.ended(event.id)
                 continue
+            self._meters.counts["prompt_tokens_known_total"] += event.known
             if event.token is not None:
                 self._scheduler.made(event.id, event.token)
                 self._meter_token(waiting)

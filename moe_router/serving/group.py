@@ -46,12 +46,19 @@ class OneRank:
 
     Args:
         shifts: for requests with a compute budget.
+        remember: as in `Decoder`.
     """
 
     ranks = 1
 
-    def __init__(self, model: CausalLM, stop_id: int | None, shifts: Shifts | None = None) -> None:
-        self._decoder, self._shifts = Decoder(model, stop_id), shifts
+    def __init__(
+        self,
+        model: CausalLM,
+        stop_id: int | None,
+        shifts: Shifts | None = None,
+        remember: int = 0,
+    ) -> None:
+        self._decoder, self._shifts = Decoder(model, stop_id, remember=remember), shifts
         self._thread = ThreadPoolExecutor(1, "decoder")
 
     async def step(self, work: Sequence[Work]) -> list[list[Event]]:

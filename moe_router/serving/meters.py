@@ -15,6 +15,7 @@ HISTOGRAMS = {
 }
 COUNTERS = {
     "prompt_tokens_total": "of requests that ranks took",
+    "prompt_tokens_known_total": "of those, what a rank remembered and did not read again",
     "generation_tokens_total": "that were made",
     "recoveries_total": "losses of ranks that the engine came back from",
 }

@@ -65,7 +65,7 @@ class ChatFormat:
         self._id, self._created = id_of("chatcmpl"), int(time.time())
         self._begun: set[int] = set()
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return self._body("chat.completion", choices, usage=usage)
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class CompletionFormat:
         self._id, self._created = id_of("cmpl"), int(time.time())
         self._start: dict[int, int] = defaultdict(int)  # characters that were scored
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return self.chunk(choices, usage=usage)
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -176,12 +176,13 @@ def logprobs_of(said: Sequence[Said], start: int = 0) -> dict[str, Any]:
     }
 
 
-def usage(last: Sequence[Piece]) -> dict[str, int]:
+def usage(last: Sequence[Piece]) -> dict[str, Any]:
     """Args:
     last: the last piece of each prompt.
     """
     prompt, made = sum(p.prompt_tokens for p in last), sum(p.made for p in last)
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    counts = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    return counts | {"prompt_tokens_details": {"cached_tokens": sum(p.known for p in last)}}
 
 
 def error_body(

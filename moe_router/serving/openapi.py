@@ -77,7 +77,10 @@ def _ref(name: str) -> str:
 
 
 def _answers() -> Schema:
-    usage = _object(prompt_tokens=_WHOLE, completion_tokens=_WHOLE, total_tokens=_WHOLE)
+    usage = _object(
+        prompt_tokens=_WHOLE, completion_tokens=_WHOLE, total_tokens=_WHOLE,
+        prompt_tokens_details=_object(cached_tokens=_WHOLE),
+    )  # fmt: skip
     common = {"id": _TEXT, "created": _WHOLE, "model": _TEXT, "usage": usage}
     ending: Schema = {"index": _WHOLE, "finish_reason": {"enum": ["stop", "length"]}}
     ending["logprobs"] = {"type": ["object", "null"]}

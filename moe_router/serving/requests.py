@@ -95,6 +95,7 @@ class Piece:
         made: tokens of this prompt's answer so far.
         trace: if it was asked for.
         said: likewise, of the tokens made, and of the prompt's before them if it is echoed.
+        known: tokens of the prompt that a rank remembered.
     """
 
     index: int
@@ -105,6 +106,7 @@ class Piece:
     made: int
     trace: Trace | None = None
     said: tuple[Said, ...] = ()
+    known: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,11 @@ class Request:
     shift: float = 0.0
 
     @property
+    def reads_all(self) -> bool:
+        """Whether something is told of each token of the prompt, so that all have to be read."""
+        return self.trace or (self.echo and self.logprobs is not None)
+
+    @property
     def cost(self) -> int:
         """Most cache slots it will take."""
         return len(self.prompt) + self.sampling.max_new_tokens
@@ -187,6 +194,8 @@ class Event:
     Attributes:
         token: None when the stop token was drawn, which is no part of the text.
         finish: not empty once the rank has let the sequence go.
+        known: tokens of the prompt that were not read, for they were remembered; told with the
+            first token.
     """
 
     id: int
@@ -194,3 +203,4 @@ class Event:
     finish: Finish
     trace: Trace | None = None
     scores: tuple[Score, ...] = ()
+    known: int = 0

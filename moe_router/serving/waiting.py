@@ -22,6 +22,7 @@ class Waiting:
     unsaid: of the first scores, those of a separator that the client has not sent.
     asked, last: when the client did, and when its last token came, in seconds of some clock.
     made: tokens of the answer so far.
+    known: tokens of the prompt that a rank remembered.
     texts, tokens, said, finish, trace: of the next piece.
     """
 
@@ -34,6 +35,7 @@ class Waiting:
     unsaid: int
     asked: float
     made: int = 0
+    known: int = 0
     last: float | None = None
     texts: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -62,6 +64,7 @@ class Waiting:
     def take(self, event: Event) -> Finish:
         """Pass a token on; says whether and why the answer has ended."""
         text, finish = self.echo, event.finish
+        self.known = max(self.known, event.known)  # again, if its rank was made anew
         if event.token is not None:
             self.made += 1
             self.tokens.append(event.token)
@@ -83,8 +86,10 @@ class Waiting:
         """What has come since the one before."""
         text, tokens, said = "".join(self.texts), tuple(self.tokens), tuple(self.said)
         self.texts, self.tokens, self.said = [], [], []
-        counts = (self.prompt_tokens, self.made)
-        return Piece(self.index, text, tokens, self.finish, *counts, self.trace, said)
+        return Piece(
+            self.index, text, tokens, self.finish, self.prompt_tokens, self.made, self.trace, said,
+            self.known,
+        )  # fmt: skip
 
     def _said(self, score: Score) -> Said:
         text = self.tokenizer.decode

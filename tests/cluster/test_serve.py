@@ -100,6 +100,16 @@ def test_completions_over_two_ranks_are_those_of_generate(server):
     assert texts == [wanted(server, p, **sampling)[1] for p in ("The ", "a", "of")]
 
 
+def test_the_rank_that_has_read_a_beginning_remembers_it(server):
+    prompt, known = "The same words. " * 5, []
+    for _ in range(2):
+        _, body = complete(server, prompt, max_tokens=3, temperature=0)
+        text = wanted(server, prompt, max_new_tokens=3, temperature=0.0)[1]
+        assert body["choices"][0]["text"] == text
+        known.append(body["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert known == [0, 64]  # alone, a request goes to the first rank
+
+
 def test_a_stream_comes_in_pieces(server):
     body = {"prompt": "The ", "stream": True, "max_tokens": 20, "temperature": 0, "seed": 5}
     status, text, headers = call(server, "POST", "/v1/completions", body)

@@ -41,9 +41,23 @@ def test_a_completion_is_the_text_of_generate(port):
         "logprobs": None,
         "finish_reason": "length",
     }
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14}
+    counts = {"prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14}
+    assert body["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
     assert (body["object"], body["model"]) == ("text_completion", "tiny")
     assert body["id"].startswith("cmpl-")
+
+
+def test_usage_says_how_much_of_a_prompt_was_remembered(port):
+    prompt, whole = "The same words. " * 10, 128
+    for known in (0, whole):
+        _, body = complete(port, prompt=prompt, max_tokens=2, temperature=0)
+        assert body["choices"][0]["text"] == wanted(prompt, max_new_tokens=2, temperature=0.0)
+        assert body["usage"]["prompt_tokens"] == 161
+        assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": known}
+    *_, last, _ = stream(port, prompt, max_tokens=2, stream_options={"include_usage": True})
+    assert json.loads(last)["usage"]["prompt_tokens_details"] == {"cached_tokens": whole}
+    metrics = call(port, "GET", "/metrics")[1]
+    assert f"prompt_tokens_known_total {2 * whole}" in metrics
 
 
 def test_a_stream_is_the_same_text_in_pieces(port):

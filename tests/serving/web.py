@@ -26,7 +26,7 @@ class Counting(OneRank):
     """Counts passes; `lost` breaks the next one."""
 
     def __init__(self, model, tokenizer, shifts=None):
-        super().__init__(model, tokenizer.document_id, shifts)
+        super().__init__(model, tokenizer.document_id, shifts, remember=1024)
         self.passes, self.lost, self.served = 0, False, model
 
     async def step(self, work):
