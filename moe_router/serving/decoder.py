@@ -48,15 +48,15 @@ class Decoder:
         self._model, self._stop_id = model.eval(), stop_id
         self._device = model.embed.weight.device
         self._rows: list[Row] = []
+        if remember and (why := prefixes.obstacle(model.config)):
+            _log.info("every prompt is read whole: %s", why)
+            remember = 0
         self._cache = KVCache(model.config.steps, 0, remember)
+        self._prefixes = prefixes.Prefixes(self._cache, remember) if remember else None
         why = obstacle(model)
         if why:
             _log.info("every token is a pass of its own: %s", why)
         self._steps = None if why else Steps(model, self._cache)
-        why = prefixes.obstacle(model.config)
-        if why and remember:
-            _log.info("every prompt is read whole: %s", why)
-        self._prefixes = None if why else prefixes.Prefixes(self._cache, remember)
         self._ahead = int(self._device.type == "cuda") if ahead is None else ahead
         self._flying: deque[Download] = deque()
 
