@@ -211,6 +211,10 @@ class Engine:
             await self._group.recover(lost)
         except MoeRouterError as error:
             self._fail(str(error))
+        except Exception as error:
+            # as in a pass: a bug, or a disk that fails once, must not leave clients waiting
+            _log.error("ranks cannot be made anew", exc_info=error)
+            self._fail(f"{type(error).__name__} in a recovery; the server's log has it")
         self._recovering = ""
         self._lost = None
 

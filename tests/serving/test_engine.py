@@ -202,6 +202,21 @@ def test_a_bug_in_a_pass_leaves_nobody_waiting(caplog):
     assert "a pass failed" in caplog.text
 
 
+def test_a_bug_in_a_recovery_leaves_nobody_waiting(caplog):
+    class Broken(Fragile):
+        async def recover(self, lost):
+            raise RuntimeError("no port is free")
+
+    async def client(engine):
+        with pytest.raises(ClusterError, match="RuntimeError in a recovery; the server's log"):
+            await asyncio.wait_for(collect(engine, "a"), 5)
+        with pytest.raises(ClusterError):  # by which Serve makes the replica anew
+            await engine.check()
+
+    serve(client, Broken(2))
+    assert "ranks cannot be made anew" in caplog.text
+
+
 def test_a_full_queue_is_said_at_once():
     async def clients(engine):
         calls = [
