@@ -175,11 +175,12 @@ class Supervisor:
         victim, at, began = self._killed or (None, done.step, time.monotonic())
         reason, actors = str(lost), set[int]()
         replaced: set[int] = set()
-        before = self._group.ranks
+        before, losses = self._group.ranks, len(done.recoveries)
         while True:
             actors |= lost.ranks
             replaced |= lost.ranks | lost.stuck
-            self._require_hope(len(done.recoveries) + 1, lost)
+            losses += 1  # also one that dies of coming back: it would for ever
+            self._require_hope(losses, lost)
             try:
                 self._group.replace(lost.ranks | lost.stuck)
                 step = self._group.form(self._latest())

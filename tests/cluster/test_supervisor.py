@@ -188,6 +188,19 @@ def test_too_many_losses_end_the_run_in_one_line(drive):
     assert "\n" not in said
 
 
+def test_actors_that_die_in_every_recovery_end_the_run(drive, monkeypatch):
+    group = FakeGroup({3: ActorsLost([1], "actor 1 died")})
+
+    def fragile(step_dir):
+        assert len(group.replaced) < 9, "it would go on for ever"
+        raise ActorsLost([1], "actor 1 died")
+
+    monkeypatch.setattr(group, "form", fragile)
+    with pytest.raises(ClusterError, match="loss number 4, want at most 3"):
+        drive(group, steps=12, cluster={"max_recoveries": 3})
+    assert len(group.replaced) == 3
+
+
 def test_an_error_of_an_actor_ends_the_run_as_it_is(drive):
     group = FakeGroup({4: CheckpointError("step_5: disk full")})
     with pytest.raises(CheckpointError, match="step_5: disk full"):
