@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from moe_router.serving.openai import answer_as_event, chain, read_body
+from moe_router.serving.openai import answer_as_event, chain, read_body, unless_gone
 from moe_router.serving.openai_types import CompletionRequest, FieldError
 from moe_router.serving.requests import Piece
 from moe_router.serving.service import Watched
@@ -61,7 +61,7 @@ class _Page:
         if len(ask.prompts) != 1:
             raise FieldError("prompt", f"{len(ask.prompts)} prompts: the page shows one")
         pieces = self._service.stream(ask)
-        first = await anext(pieces)
+        first = await unless_gone(request, anext(pieces))
         return StreamingResponse(_events(first, pieces), media_type="text/event-stream")
 
     async def kill(self, request: Request) -> Response:

@@ -6,9 +6,9 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -34,6 +34,7 @@ _RETRY_S = 5  # about what it takes to make a lost rank anew
 _GONE = 499  # nginx's number for a client that went away; nobody reads it
 Asked = CompletionRequest | ChatRequest
 Format = CompletionFormat | ChatFormat
+Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
@@ -104,9 +105,9 @@ class _Front:
             return JSONResponse(body, 404)
         pieces = self._service.stream(asked.ask)
         if not asked.stream:
-            return await _unless_gone(request, _whole(pieces, style))
+            return await unless_gone(request, _whole(pieces, style))
         # the first piece is awaited here: what is wrong with a request has a status of its own
-        first = await anext(pieces)
+        first = await unless_gone(request, anext(pieces))
         events = _events(first, pieces, style, asked.with_usage)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
@@ -164,8 +165,8 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _unless_gone(request: Request, answer: Any) -> Response:
-    """Await an answer, but work for nobody who has hung up."""
+async def unless_gone(request: Request, answer: Awaitable[Answer]) -> Answer:
+    """Await an answer, but work for nobody who has hung up. Raises HTTPException: they have."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -175,9 +176,8 @@ async def _unless_gone(request: Request, answer: Any) -> Response:
     try:
         await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
-            response: Response = work.result()
-            return response
-        return Response(status_code=_GONE)
+            return work.result()
+        raise HTTPException(_GONE, "the client has hung up")
     finally:
         work.cancel()
         watch.cancel()

@@ -3,7 +3,9 @@
 import asyncio
 import http.client
 import json
+import re
 import threading
+import time
 
 import pytest
 
@@ -32,6 +34,29 @@ def test_who_hangs_up_is_forgotten(streamed):
         connection.close()
         assert complete(port, max_tokens=2, seed=1)[0] == 200
         assert group.passes < 2_000
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/demo/stream"])
+def test_who_hangs_up_before_the_first_token_waits_no_longer(path):
+    with served(slots=1, page=True) as (port, _):
+        first, second = (http.client.HTTPConnection("127.0.0.1", port) for _ in range(2))
+        for connection, where in ((first, "/v1/completions"), (second, path)):
+            body = json.dumps({"prompt": "a", "max_tokens": 20_000, "seed": 1, "stream": True})
+            connection.request("POST", where, body, {"Content-Type": "application/json"})
+            while not waits(port, "running" if connection is first else "waiting"):
+                pass
+        second.close()
+        end = time.monotonic() + 5
+        while waits(port, "waiting"):
+            assert time.monotonic() < end
+        assert waits(port, "running")
+        first.close()
+
+
+def waits(port, what):
+    """How many requests do, or run."""
+    text = call(port, "GET", "/metrics")[1]
+    return float(re.search(rf"^moe_router_serving_{what} (.+)$", text, re.MULTILINE)[1])
 
 
 def test_a_full_queue_is_429_and_says_when_to_come_back():
