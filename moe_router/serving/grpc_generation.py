@@ -8,7 +8,7 @@ from typing import Any
 from moe_router.config import require
 from moe_router.serving import router_pb2 as pb
 from moe_router.serving.grpc_server import Adder
-from moe_router.serving.requests import Ask, Piece
+from moe_router.serving.requests import STOP_CHARACTERS, STOPS, Ask, Piece
 from moe_router.serving.router_pb2_grpc import (
     GenerationServicer,
     add_GenerationServicer_to_server,
@@ -43,9 +43,12 @@ class GenerationFront(GenerationServicer):
 
 
 def ask_of(request: pb.GenerateRequest) -> Ask:
-    """Raises ConfigError: there is no prompt."""
+    """Raises ConfigError: there is no prompt, or more to stop at than OpenAI's HTTP takes."""
     kind = request.WhichOneof("prompt")
     require(kind is not None, "prompt", "nothing", "text or tokens")
+    few = len(request.stop) <= STOPS and all(len(text) <= STOP_CHARACTERS for text in request.stop)
+    want = f"up to {STOPS} texts, each of 1..{STOP_CHARACTERS} characters"
+    require(few, "stop", f"{len(request.stop)} texts", want)
     prompt = request.text if kind == "text" else tuple(request.tokens.ids)
     optional = ("max_tokens", "temperature", "top_k", "top_p", "seed", "compute_budget")
     given = {key: getattr(request, key) for key in optional if request.HasField(key)}

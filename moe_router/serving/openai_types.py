@@ -12,15 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_router.errors import ConfigError
 from moe_router.models.sampling import MOST
-from moe_router.serving.requests import Ask, Piece, Said
+from moe_router.serving.requests import STOP_CHARACTERS, STOPS, Ask, Piece, Said
 
 _Id = Annotated[int, Field(ge=0)]
 _Ids = Annotated[list[_Id], Field(min_length=1)]
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
 _WANTED = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
     "messages": "a list of {role, content}, content a text or a list of text parts",
-    "stop": "a text or up to 4 texts, each of 1..256 characters",
+    "stop": f"a text or up to {STOPS} texts, each of 1..{STOP_CHARACTERS} characters",
 }
 
 
@@ -43,7 +43,7 @@ class Common(Strict):
     seed: int | None = None
     # not OpenAI's either: see `Ask.compute_budget`
     compute_budget: Annotated[float, Field(ge=0, le=1)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -9,6 +9,7 @@ Finish = Literal["", "stop", "length"]
 Path = tuple[tuple[int, ...] | None, ...]
 """What computed one token: by block its experts, () where the block is dense, None where the token
 passed it by."""
+STOPS, STOP_CHARACTERS = 4, 256  # most texts that end an answer: each is looked for at every token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

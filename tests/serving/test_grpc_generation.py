@@ -76,6 +76,8 @@ def test_health_says_which_model():
         ({"tokens": pb.TokenIds()}, "prompt 0 is empty"),
         ({"text": "a", "temperature": float("nan")}, "temperature=nan: want 0 or more"),
         ({"text": "a", "stop": [""]}, "stop="),
+        ({"text": "a", "stop": ["x"] * 5}, "stop=5 texts: want up to 4 texts, each of 1..256"),
+        ({"text": "a", "stop": ["x" * 257]}, "stop=1 texts: want up to 4 texts, each of 1..256"),
         ({"text": "a", "compute_budget": 1.5}, "compute budget 1.5: want 0, the least"),
     ],
 )
