@@ -5,11 +5,13 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
 from moe_router.errors import ClusterError, MoeRouterError
 from moe_router.serving.requests import Ask, Facts, Health, Piece
 
 _HEALTH_S = 5.0  # a replica that is being made does not answer
+_GONE = (RayError, RayServeException)  # Serve's own, where it could not make one, are no RayErrors
 
 
 class RemoteEngine:
@@ -36,7 +38,7 @@ class RemoteEngine:
             if isinstance(error.cause, MoeRouterError):
                 raise error.cause from None
             raise
-        except RayError as error:
+        except _GONE as error:
             ended = True
             raise ClusterError("the engine was lost and is made anew; ask again later") from error
         finally:
@@ -59,13 +61,13 @@ class RemoteEngine:
         """See `Engine.metrics`. Raises ClusterError where the engine itself is gone."""
         try:
             found: str = await asyncio.wait_for(self._handle.metrics.remote(), _HEALTH_S)
-        except (TimeoutError, RayError) as error:
+        except (TimeoutError, *_GONE) as error:
             raise ClusterError("the engine is being made; ask again later") from error
         return found
 
     async def health(self) -> Health:
         try:
             found: Health = await asyncio.wait_for(self._handle.health.remote(), _HEALTH_S)
-        except (TimeoutError, RayError):
+        except (TimeoutError, *_GONE):
             return Health(False, "the engine is being made", self.model)
         return found
