@@ -79,7 +79,8 @@ def _look(path: Path, wanted: dict[str, Any]) -> RunFolder:
         )
     # through the schema: a run of before has no keys that came since, and means their defaults
     changed = differing(config_to_dict(config_from_dict(_read(saved), str(saved))), wanted)
-    if changed:
+    began = any(entry != saved for entry in path.iterdir())  # a typo in data.path is told before
+    if changed and began:
         raise ConfigError(
             f"{path}: holds a run with another config ({'; '.join(changed)}); choose another "
             "run.name, or move the old run aside with --restart"

@@ -34,13 +34,21 @@ def test_the_same_config_goes_on_and_a_free_key_may_change(tiny):
 
 
 def test_another_config_is_refused_with_the_keys_and_the_fix(tiny):
-    with open_run(tiny(steps=12), restart=False):
-        pass
+    with open_run(tiny(steps=12), restart=False) as folder:
+        (folder.path / "metrics.csv").write_text("step\n")
     with pytest.raises(ConfigError) as refused, open_run(tiny(steps=13, lr=0.5), restart=False):
         pass
     said = str(refused.value)
     assert "train.lr: 0.001 -> 0.5; train.steps: 12 -> 13" in said
     assert "--restart" in said and "\n" not in said
+
+
+def test_a_run_that_never_began_takes_another_config(tiny):
+    with open_run(tiny(steps=12), restart=False):
+        pass  # a typo in data.path, say, was told
+    with open_run(tiny(steps=13), restart=False) as folder:
+        saved = yaml.safe_load((folder.path / "config.yaml").read_text())
+    assert saved["train"]["steps"] == 13 and not folder.finished
 
 
 def test_restart_moves_the_old_run_aside_and_never_over_another(tiny):
@@ -103,6 +111,7 @@ def test_a_run_from_before_a_key_came_goes_on(tiny):
         assert not folder.finished
     data["model"]["dim"] = 64
     saved.write_text(yaml.safe_dump(data))
+    (folder.path / "metrics.csv").write_text("step\n")
     with (
         pytest.raises(ConfigError, match=r"another config \(model\.dim: 64 -> 32\)"),
         open_run(config, restart=False),
