@@ -1,13 +1,14 @@
 """The schema of a run: frozen dataclasses, one for each top key of a YAML file in `configs/`.
 
-That of `model` is in `config_model.py`. How a file is read, merged with `--set` and refused is in
-`config_file.py`.
+Those of `data` and `model` are in `config_data.py` and `config_model.py`. How a file is read,
+merged with `--set` and refused is in `config_file.py`.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_router.config_attention import AttentionConfig
+from moe_router.config_data import DataConfig, ImageConfig
 from moe_router.config_model import (
     ModelConfig,
     MoEConfig,
@@ -16,7 +17,7 @@ from moe_router.config_model import (
 )
 from moe_router.config_rebalance import RebalanceConfig
 from moe_router.config_routing import RoutingConfig
-from moe_router.errors import ConfigError, require
+from moe_router.errors import require
 
 __all__ = [
     "AttentionConfig",
@@ -56,77 +57,10 @@ class RunConfig:
     record_every: int = 100  # steps
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a folder name")
+        named = self.name not in ("", ".", "..") and "/" not in self.name
+        require(named, "run.name", self.name, "a folder name")
         for key in ("log_every", "load_every", "record_every"):
             require(getattr(self, key) >= 1, f"run.{key}", getattr(self, key), "at least 1 step")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageConfig:
-    """How an image becomes tokens: its patches, row by row."""
-
-    size: int  # pixels of a side
-    channels: int = 3  # 3: colour, 1: grey
-    patch: int = 4  # pixels of a patch's side
-
-    def __post_init__(self) -> None:
-        require(self.channels in (1, 3), "data.image.channels", self.channels, "1 or 3")
-        require(self.patch >= 1, "data.image.patch", self.patch, "at least 1 pixel")
-        whole = self.size >= self.patch and self.size % self.patch == 0
-        require(whole, "data.image.size", self.size, f"a multiple of {self.patch} (patch)")
-
-    @property
-    def grid(self) -> int:
-        """Patches of a side."""
-        return self.size // self.patch
-
-    @property
-    def tokens(self) -> int:
-        """Patches of an image."""
-        return self.grid**2
-
-    @property
-    def values(self) -> int:
-        """Of a patch: pixels times channels."""
-        return self.patch**2 * self.channels
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    source: Literal[
-        "pydoc", "shakespeare", "enwik8", "text", "jsonl", "csv", "shards", "labelled", "images"
-    ]
-    path: str | None = None  # a file, a folder or a glob; shakespeare and enwik8 may download
-    field: str = "text"  # the JSONL key or CSV column that holds the text
-    label: str = "label"  # labelled: the one that holds the label
-    labels: tuple[str, ...] = ()  # of labelled data: names as the file has them, in order of ids
-    val_path: str | None = None  # labelled data: what is held out; null: val_fraction of data.path
-    image: ImageConfig | None = None  # images: how they become tokens
-    tokenizer: str = "bytes"  # or the path of a tokenizer.json
-    seq_len: int = 128  # tokens in one row of a batch
-    val_fraction: float = 0.1  # the last part of the documents, held out
-    cache: str = "data"  # where downloads go
-
-    def __post_init__(self) -> None:
-        require(self.seq_len >= 2, "data.seq_len", self.seq_len, "at least 2 tokens")
-        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "0 < f < 1")
-        if self.source in ("labelled", "images"):
-            want = "at least 2 names of labels, each once, as the file writes them"
-            known = len(set(self.labels)) == len(self.labels) >= 2
-            require(known, "data.labels", list(self.labels), want)
-        self._check_image()
-        own = ("text", "jsonl", "csv", "shards", "labelled", "images")
-        if self.source in own and self.path is None:
-            raise ConfigError(f"data.path is missing: data.source={self.source} reads your files")
-
-    def _check_image(self) -> None:
-        image, images = self.image, self.source == "images"
-        if image is None:
-            require(not images, "data.image", "null", "size, channels and patch of the images")
-            return
-        require(images, "data.image", "a section", f"null, for data.source={self.source}")
-        want = f"{image.tokens}, the patches of an image (data.image)"
-        require(self.seq_len == image.tokens, "data.seq_len", self.seq_len, want)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +92,14 @@ class TrainConfig:
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "1+")
         require(self.lr > 0, "train.lr", self.lr, "above 0")
         require(self.router_lr > 0, "train.router_lr", self.router_lr, "above 0, times train.lr")
-        require(self.warmup >= 0, "train.warmup", self.warmup, "0 or more steps")
+        for key in ("warmup", "eval_every"):
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more steps")
+        for key in ("weight_decay", "clip_norm"):
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"train.{key}", value, f"0 <= {key} < 1")
+        require(0 <= self.min_lr <= 1, "train.min_lr", self.min_lr, "0..1, a share of train.lr")
         require(
             self.batch % self.accumulation == 0,
             "train.batch",
@@ -186,6 +127,10 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         require(self.actors >= 1, "cluster.actors", self.actors, "at least 1")
         require(self.wait_s >= 0, "cluster.wait_s", self.wait_s, "0 seconds or more")
+        cores = self.cpus_per_actor
+        require(cores >= 0, "cluster.cpus_per_actor", cores, "0 cores or more")
+        losses = self.max_recoveries
+        require(losses >= 0, "cluster.max_recoveries", losses, "0 or more lost actors")
         every = self.replicate_every
         require(every >= 0, "cluster.replicate_every", every, "0 or more steps")
         require(self.spare_s > 0, "cluster.spare_s", self.spare_s, "above 0 seconds")
@@ -213,8 +158,12 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require(self.remember >= 0, "serve.remember", self.remember, "0 or more tokens")
+        # an argument that is not UTF-8 arrives as halves of surrogate pairs
+        held = not any("\ud800" <= character <= "\udfff" for character in self.prompt)
+        require(held, "serve.prompt", ascii(self.prompt), "text that UTF-8 can hold")
         require(self.max_new_tokens >= 1, "serve.max_new_tokens", self.max_new_tokens, "1 or more")
         require(self.temperature >= 0, "serve.temperature", self.temperature, "0 or more")
+        require(self.top_k >= 0, "serve.top_k", self.top_k, "1 or more, or 0 for all")
         require(0 < self.top_p <= 1, "serve.top_p", self.top_p, "0 < top_p <= 1")
 
 

@@ -54,7 +54,9 @@ class RouterConfig:
         need(bounded, "capacity_factor", "above 0, or null for dropless")
         need(self.null_experts >= 0, "null_experts", "0 or more")
         need(0 <= self.jitter < 1, "jitter", "0 <= jitter < 1")
-        need(self.bias_rate >= 0, "bias_rate", "0 or more")
+        for key in ("bias_rate", "balance_loss", "z_loss", "sequence_balance_loss"):
+            need(getattr(self, key) >= 0, key, "0 or more")
+        need(self.router_hidden >= 1, "router_hidden", "at least 1")
         if self.policy == "expert_choice":
             alone = self.null_experts == 0 and groups == 1 and self.bias_rate == 0
             need(alone, "policy", "no null_experts, expert_groups or bias_rate beside it")
@@ -95,6 +97,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("layers", "loops", "dim", "heads", "kv_heads", "hidden"):
             require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
+        for key in ("rope_theta", "norm_eps"):
+            require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "above 0")
         step = 4 if self.kind == "vit" else 2
         if self.head_dim is None:
             want = f"an even multiple of {self.heads} (model.heads)"
@@ -111,6 +115,9 @@ class ModelConfig:
             f"a divisor of {self.heads} (model.heads)",
         )
 
+        if self.moe is not None:
+            want = f"at most {self.layers - 1}: no layer is left for experts (or model.moe=null)"
+            require(self.moe.first < self.layers, "model.moe.first", self.moe.first, want)
         self._check_attention()
         self._check_routing()
 
@@ -153,7 +160,9 @@ class ModelConfig:
         want = "skip, halt or leap: other tokens leave, and have no logits (or model.kind=encoder)"
         require(fits, "model.routing.kind", routing.kind, want)
         last = min(self.layers - 1, self.steps - (2 if routing.tokens_go else 1))
-        want = f"at most {last}: a model of {self.layers} layers has no routed block after it"
+        many = "layer" if self.layers == 1 else "layers"
+        has = f"a model of {self.layers} {many} has no routed block after it"
+        want = f"more layers: {has}" if last < 0 else f"at most {last}: {has}"
         require(routing.first <= last, "model.routing.first", routing.first, want)
         if moe is not None:
             steady, jitter = moe.jitter == 0, "0 beside model.routing: it names tokens by place"

@@ -59,20 +59,19 @@ class RoutingConfig:
         ):
             require(holds, f"model.routing.{key}", getattr(self, key), want)
         if not (self.kind in ("halt", "leap") or self.decide == "threshold"):
-            free = self.budget is None and self.cost_loss == 0
-            want = "null, and cost_loss 0: keep says how many (not to halt, leap, decide threshold)"
-            require(free, "model.routing.budget", self.budget, want)
+            why = "keep says how many (not to halt, leap, decide threshold)"
+            require(self.budget is None, "model.routing.budget", self.budget, f"null: {why}")
+            require(self.cost_loss == 0, "model.routing.cost_loss", self.cost_loss, f"0: {why}")
         if self.kind not in ("skip", "leap"):
             want = "same, or model.routing.kind=skip or leap: nobody is gone by then"
             require(self.decide_at == "same", "model.routing.decide_at", self.decide_at, want)
         if self.kind != "halt":
             want = "act, or model.routing.kind=halt"
             require(self.halting == "act", "model.routing.halting", self.halting, want)
-        elif self.halting == "act":
-            want = "0: a sum over 1 ends what act weighs (or halting ponder or tsa)"
-            require(self.soft_steps == 0, "model.routing.soft_steps", self.soft_steps, want)
-        if self.kind in ("skip", "merge"):
+        if not self.softens:
             want = "0, or model.routing.kind=prune, halt or leap"
+            if self.kind == "halt":
+                want = "0: a sum over 1 ends what act weighs (or halting ponder or tsa)"
             require(self.soft_steps == 0, "model.routing.soft_steps", self.soft_steps, want)
         if self.kind != "prune":
             want = "top, or model.routing.kind=prune"
@@ -84,6 +83,11 @@ class RoutingConfig:
             require(self.keep >= 0.5, "model.routing.keep", self.keep, want)
             want = "linear (the keys of attention) or position: merging learns nothing"
             require(self.router != "mlp", "model.routing.router", self.router, want)
+
+    @property
+    def softens(self) -> bool:
+        """Whether there are passes in which everybody is computed, weighed by the router."""
+        return self.kind in ("prune", "leap") or (self.kind == "halt" and self.halting != "act")
 
     @property
     def cut(self) -> float:

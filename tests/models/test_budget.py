@@ -114,9 +114,15 @@ def test_what_is_eased_comes_down_from_1():
     [
         ({"kind": "skip", "keep": 0.0}, "routing.keep=0.0: want 0 < keep <= 1"),
         ({"kind": "skip", "keep": 1.5}, "routing.keep=1.5: want 0 < keep <= 1"),
-        ({"kind": "skip", "budget": 0.5}, "routing.budget=0.5: want null, and cost_loss 0: keep"),
+        ({"kind": "skip", "budget": 0.5}, "routing.budget=0.5: want null: keep says how many"),
+        ({"kind": "prune", "cost_loss": 0.5}, "routing.cost_loss=0.5: want 0: keep says how many"),
         (HALT | {"budget": 0.0}, r"routing.budget=0.0: want 0 < budget <= 1, or null"),
         (HALT | {"budget_rate": 0.0}, "routing.budget_rate=0.0: want above 0"),
+        (
+            HALT | {"halting": "act", "soft_steps": 1},
+            "routing.soft_steps=1: want 0: a sum over 1 ends what act weighs",
+        ),
+        ({"kind": "skip", "soft_steps": 1}, "routing.soft_steps=1: want 0, or model.routing.kind="),
         (HALT | {"curriculum": -1}, "routing.curriculum=-1: want 0 or more steps"),
         (HALT | {"cost_loss": -1.0}, "routing.cost_loss=-1.0: want 0 or more"),
     ],
