@@ -56,7 +56,9 @@ def evaluate(
     device: Where = Device.auto,
     as_json: AsJson = False,
     compute_budget: Spend = None,
-    soft: Annotated[bool, typer.Option("--soft", help="nobody halts: the soft threshold")] = False,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="nobody leaves: as in the soft steps")
+    ] = False,
 ) -> None:
     """Held-out quality of a checkpoint: loss and bits per byte, and what it executes."""
     with one_line_errors():

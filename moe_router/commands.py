@@ -37,16 +37,28 @@ def evaluate_step(
         soft: no token halts or is pruned by a threshold; it weighs what its router says.
 
     Raises:
-        MoeRouterError: no checkpoint, no data, or an override of what the model is.
+        MoeRouterError: no checkpoint, no data, an override of what the model is, or soft where no
+            training is.
     """
     model, config, _ = load_model(step_dir, device)
     config = _changed(config, overrides, step_dir)
+    if soft:
+        _require_softened(config)
     step = read_about(step_dir)["step"]
     dataset = load_dataset(config.data)
     if compute_budget is not None:
         calibrate(model, dataset, config, compute_budget)
     model.soften_routers(soft)
     return evaluate(model, dataset, config, step, 0, 1, torch.device(device))
+
+
+def _require_softened(config: Config) -> None:
+    routing = config.model.routing
+    if routing is None or not routing.softens:
+        raise ConfigError(
+            "--soft: want a model whose training can be soft: halt by ponder or tsa, leap or prune "
+            "(model.routing)"
+        )
 
 
 def _changed(config: Config, overrides: Sequence[str], step_dir: Path) -> Config:

@@ -79,6 +79,21 @@ def test_eval(run, name):
     assert 0 < record["unigram_bits_per_byte"] < record["bits_per_byte"] < 10
 
 
+def test_eval_is_soft_only_where_training_can_be(run):
+    refused = run("eval", "tiny", "--soft", "--device", "cpu")
+    assert refused.exit_code == 1 and refused.stderr == (
+        "error: --soft: want a model whose training can be soft: halt by ponder or tsa, leap or "
+        "prune (model.routing)\n"
+    )
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(run):
+    prompt = b"\xff".decode(errors="surrogateescape")  # as the shell passes that byte
+    refused = run("generate", "tiny", "--prompt", prompt, "--device", "cpu")
+    assert refused.exit_code == 1
+    assert refused.stderr == "error: serve.prompt='\\udcff': want text that UTF-8 can hold\n"
+
+
 def test_eval_takes_other_data(run, folder):
     few, more = (
         json.loads(run("eval", "tiny", "--json", "--set", f"train.eval_rows={n}").stdout)
