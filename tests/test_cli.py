@@ -145,6 +145,7 @@ def test_inspect_writes_a_report(run, folder):
         ("runs/tony", "runs/tony: no such run; did you mean runs/tiny?"),
         ("tony", "tony: no such run; did you mean runs/tiny?"),
         ("zzz", "zzz: no such run; want runs/NAME or runs/NAME/step_N"),
+        ("tiny/step_9", "runs/tiny/step_9: no such step; want one of step_1, or runs/tiny"),
         (".", ".: is no run (no config.yaml, no checkpoint); want runs/NAME or runs/NAME/step_N"),
     ],
 )

@@ -100,7 +100,12 @@ class BoundedPass:
         Args:
             input_T, position_T: as the model takes them.
             offsets_B1: (B + 1,) int32 cu_seqlens on the CPU.
+
+        Raises:
+            ConfigError: the model is in training, where others go on than in evaluation.
         """
+        if self._model.training:
+            raise ConfigError("bounded pass: the model is in training; call model.eval() before")
         lengths = [b - a for a, b in pairwise(offsets_B1.tolist())]
         T, B = input_T.size(0), len(lengths)
         if not self._shares or not T or not self._attends(input_T.device):

@@ -100,6 +100,16 @@ def test_sizes_that_are_prepared(size, bucket):
     assert bucket_of(size) == bucket
 
 
+def test_a_model_in_training_is_refused():
+    model = model_of("skip")
+    bounded = BoundedPass(model)
+    model.train()
+    with pytest.raises(
+        ConfigError, match=r"^bounded pass: the model is in training; call model\.ev"
+    ):
+        bounded(*batch_of([3, 4], 0))
+
+
 def test_a_model_whose_rows_the_host_knows_is_refused():
     config = ModelConfig(kind="encoder", layers=2, dim=32, heads=2, kv_heads=2, hidden=48, moe=None)
     with pytest.raises(ConfigError, match="call the model itself"):
