@@ -29,9 +29,9 @@ p5, p50 and p95 are over the tokens that came in (what a merged token costs is c
 whose place it keeps). *x* is the wall-clock of the full dense model over ours, the same kernels and
 padding-free batches, timed in turn, the many a second each at its own best batch; *over FLOPs*
 divides it by the saving in FLOPs: 1 means that every FLOP saved is time saved. On a CPU the time is
-that of the one thread that computes; on a GPU, in bf16, what can be a CUDA graph is one (dense,
-prune, merge), what counts its tokens on the way is not. *Peak of 256* is the most that a forward
-pass of 256 sequences holds beside weights and input, not measured on a CPU. *Training keeps* is
+that of the one thread that computes; on a GPU, in bf16, both are CUDA graphs, with bounds for the
+rows where tokens halt or skip. *Peak of 256* is the most that a forward pass of 256 sequences holds
+beside weights and input, not measured on a CPU. *Training keeps* is
 what one step of 64 keeps for its backward pass. *J / 1,000* sequences, beside the dense model's,
 each at its own best batch, is by the GPU's own counter over half a second.
 

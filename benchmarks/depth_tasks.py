@@ -46,6 +46,10 @@ def _shares(kind: str, keeps: Sequence[float], **more: Any) -> dict[str, Routing
 _GATE = {"router": "mlp", "router_hidden": 32, "threshold": 0.5, "start": -4.0}
 TSA = {"halting": "tsa", **_GATE}
 PONDER = {"halting": "ponder", "threshold": 0.9, "start": -2.0, "prior": 0.3}
+# kinds that learn from the beginning: in them a block counts by what a router says of the token, of
+# which a dense model knows nothing
+ANEW = ("skip", "mod", "tsa")
+_TSA_SHARE = _shares("halt", (0.8,), **TSA, curriculum=100)
 _FREE = {"tsa/free": RoutingConfig(kind="halt", every=1, first=0, **TSA)}  # type: ignore[arg-type]
 # as in its paper: every second block, one token in eight
 MOD = {"mod/0.125": RoutingConfig(kind="skip", keep=0.125, every=2, first=1)}
@@ -62,6 +66,8 @@ _TSA = (
     "model.moe=null",
 )  # fmt: skip
 _WIDE = ("model.layers=6", "model.dim=256", "model.hidden=1024", "train.batch=32")
+# from free to where next to nothing is computed
+_LEAP = _shares("leap", (0.5, 0.25, 0.1, 0.04), curriculum=50)
 _CASCADE = {
     f"{kind}-first{first}/0.5": routing
     for kind in ("prune", "skip", "leap")
@@ -82,18 +88,18 @@ TASKS = {
     ),
     "imdb": Task(
         "sst2", _IMDB, 300, 100,
-        _shares("prune", (0.3, 0.5)) | _shares("halt", (0.25, 0.15)) | _shares("leap", (0.5, 0.25)),
+        _shares("prune", (0.3, 0.5)) | _shares("halt", (0.25, 0.15)) | _LEAP,
         "reviews", on_gpu=_WIDE,
     ),
     "enwik8": Task(
         "skip", _ENWIK8, 300, 150,
         MOD | _shares("skip", (0.5,))
         | _shares("leap", (0.5,), curriculum=100) | _shares("halt", (0.6,))
-        | _shares("halt", (0.6,), **PONDER) | _shares("halt", (0.8,), **TSA) | _FREE,
+        | _shares("halt", (0.6,), **PONDER) | _TSA_SHARE | _FREE,
         "rows of 128 bytes", "bits_per_byte",
     ),
     "shakespeare": Task(
-        "shakespeare", _TSA, 600, 200, _shares("halt", (0.8,), **TSA) | _FREE,
+        "shakespeare", _TSA, 600, 200, _TSA_SHARE | _FREE,
         "rows of 256 bytes", "bits_per_byte",
     ),
     "cola": Task(
@@ -153,13 +159,11 @@ def settings(task: Task) -> list[Setting]:
         if kind not in seen and not curve:
             variants[f"{name}/frozen"] = replace(routing, frozen=True)
             variants[f"{name}/position"] = replace(routing, router="position")
-        # a block counts by the router's weight, so a dense model knows nothing of being skipped:
-        # Mixture-of-Depths learns from the beginning, as in its paper
-        anew = routing.kind == "skip"
+        anew = kind in ANEW
         start, steps = (None, task.steps + tune) if anew else ("dense", tune)
         rows += [Setting(n, r, start, steps, rival) for n, r in variants.items()]
         if kind not in seen and not curve:
-            if kind == "merge":
+            if kind in ("merge", "tsa"):
                 rows.append(Setting(f"{name}/tuned", routing, "dense", task.tune, "dense/tuned"))
             rows.append(Setting(f"{name}/equal", None, None, task.steps + tune, rival, name))
         seen.add(kind)
