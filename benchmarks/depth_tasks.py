@@ -66,8 +66,8 @@ _TSA = (
     "model.moe=null",
 )  # fmt: skip
 _WIDE = ("model.layers=6", "model.dim=256", "model.hidden=1024", "train.batch=32")
-# from free to where next to nothing is computed
-_LEAP = _shares("leap", (0.5, 0.25, 0.1, 0.04), curriculum=50)
+# from free to where next to nothing is computed; routers begin undecided, for few steps must do
+_LEAP = _shares("leap", (0.5, 0.25, 0.1, 0.04), start=-0.5, curriculum=50)
 _CASCADE = {
     f"{kind}-first{first}/0.5": routing
     for kind in ("prune", "skip", "leap")

@@ -67,7 +67,10 @@ def load(folder: Path, device: str) -> Any:
 def routed(folder: Path, device: str, setting: Setting, seed: int = 0) -> Any:
     """The model with its routers."""
     torch.manual_seed(seed)
-    model = load(folder, device)
+    return with_routers(load(folder, device), setting)
+
+
+def with_routers(model: Any, setting: Setting) -> Any:
     if setting.kind == "merge":
         return wrap(model, "merge", keep=setting.keep)
     router = "linear" if setting.router == "norm" else setting.router
