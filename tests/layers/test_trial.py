@@ -59,7 +59,7 @@ def test_logits_become_what_tokens_are_worth():
         optimizer.step()
         missed.append(loss.item())
     assert model.value_D.grad is None
-    assert sum(missed[-20:]) < 0.9 * sum(missed[:20])  # each draw has its own noise
+    assert sum(missed[-50:]) / 50 < 0.8 * sum(missed[:20]) / 20  # each draw has its own noise
     x_TD = states()
     for prune in model.prunes:
         logit_T = prune.router(x_TD, torch.zeros(len(x_TD)))
