@@ -27,12 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.contest import tell
-from benchmarks.minilm_models import BATCH, ROWS, Setting, load, routed, teach
+from benchmarks.minilm_models import (
+    BATCH,
+    ROWS,
+    Setting,
+    load,
+    rates,
+    routed,
+    teach,
+    tokens_of,
+)
 from benchmarks.minilm_tasks import Labelled, Task, probe, read
 from benchmarks.results import Row, provenance, save
-from benchmarks.timing import Deadline, Run, interleave
-from moe_router import Context, Ledger
-from moe_router.integrations.wrap import set_context
+from benchmarks.timing import Deadline
 
 # sentences in a batch; 512 keep a GPU busy for 2 ms, less than any host needs to launch six layers
 TIMED = {"cpu": (32, torch.float32), "cuda": (4096, torch.bfloat16)}
@@ -48,11 +55,6 @@ class Full:
     tasks: dict[str, Task]
     taught_ND: Tensor
     embedded: dict[str, tuple[Tensor, Tensor]]
-
-
-def tokens_of(model: Any, tokenizer: Any, texts: list[str]) -> Any:
-    inputs = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-    return inputs.to(model.device)
 
 
 def embed(model: Any, inputs: Any) -> Tensor:
@@ -136,21 +138,9 @@ def speed(full: Full, setting: Setting, rounds: int, batch: int = 0) -> dict[str
         "routed": routing, "packed": packed, "transformers": load(full.folder, full.device),
     }  # fmt: skip
     inputs = tokens_of(routing, full.tokenizer, texts)
-
-    def run(model: Any) -> Run:
+    for model in models.values():
         model.to(dtype)
-        return lambda: embed(model, inputs)
-
-    with torch.no_grad():
-        set_context(routing, Context(ledger=(ledger := Ledger())))
-        embed(routing, inputs)
-        set_context(routing, Context())
-        timings = interleave(
-            {name: run(model) for name, model in models.items()}, rounds=rounds, idle=True
-        )
-    executed, dense = ledger.by_op()["blocks"]
-    rates = {name: round(len(texts) / timing.median * 1e6, 1) for name, timing in timings.items()}
-    return {"executed": round(executed / dense, 3), "batch": len(texts), "a_second": rates}
+    return rates(models, lambda model: embed(model, inputs), len(texts), rounds)
 
 
 def rows(

@@ -3,13 +3,16 @@ taught."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from moe_router import Context, wrap
+from benchmarks.results import Row
+from benchmarks.timing import Run, interleave
+from moe_router import Context, Ledger, wrap
 from moe_router.integrations.wrap import set_context
 from moe_router.layers.prune import Prune
 from moe_router.layers.trial import trial_loss
@@ -56,6 +59,29 @@ class Norm(nn.Module):
     def forward(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         norm_T: Tensor = torch.linalg.vector_norm(x_TD.float(), dim=-1)
         return norm_T
+
+
+def tokens_of(model: Any, tokenizer: Any, texts: list[str]) -> Any:
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    return inputs.to(model.device)
+
+
+def rates(models: dict[str, Any], run: Callable[[Any], Any], count: int, rounds: int) -> Row:
+    """Sentences a second of each model, in turn, and of `routed` the FLOPs that ran over the dense
+    ones.
+
+    Args:
+        run: one pass of a model, of so many sentences.
+    """
+    with torch.no_grad():
+        set_context(models["routed"], Context(ledger=(ledger := Ledger())))
+        run(models["routed"])
+        set_context(models["routed"], Context())
+        calls: dict[str, Run] = {name: partial(run, model) for name, model in models.items()}
+        timings = interleave(calls, rounds=rounds, idle=True)
+    executed, dense = ledger.by_op()["blocks"]
+    a_second = {name: round(count / timing.median * 1e6, 1) for name, timing in timings.items()}
+    return {"executed": round(executed / dense, 3), "batch": count, "a_second": a_second}
 
 
 def load(folder: Path, device: str) -> Any:

@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +25,6 @@ class Task:
 def read(data: Path) -> dict[str, Task]:
     """SST-2 (sentences) and Banking77, shuffled the same way each time."""
 
-    def sst2(part: str) -> Labelled:
-        lines = (data / f"sst2/stsa.binary.{part}").read_text("utf-8").splitlines()
-        return [(line[2:], int(line[0])) for line in lines]
-
     def banking(part: str) -> Labelled:
         with (data / f"banking77/{part}.csv").open(encoding="utf-8", newline="") as file:
             rows = [(row["text"], row["category"]) for row in csv.DictReader(file)]
@@ -36,8 +33,14 @@ def read(data: Path) -> dict[str, Task]:
 
     return {
         name: _task(load("train"), load("test"))
-        for name, load in (("sst2", sst2), ("banking77", banking))
+        for name, load in (("sst2", partial(sst2, data / "sst2")), ("banking77", banking))
     }
+
+
+def sst2(folder: Path, part: str) -> Labelled:
+    """The sentences of one file: each line has its label first."""
+    lines = (folder / f"stsa.binary.{part}").read_text("utf-8").splitlines()
+    return [(line[2:], int(line[0])) for line in lines]
 
 
 def _task(train: Labelled, test: Labelled) -> Task:

@@ -22,13 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.contest import tell
-from benchmarks.minilm_models import BATCH, Setting, teach, with_routers
+from benchmarks.minilm_models import BATCH, Setting, rates, teach, tokens_of, with_routers
+from benchmarks.minilm_tasks import sst2
 from benchmarks.results import Row, provenance, save
-from benchmarks.timing import Run, interleave
-from moe_router import Context, Ledger
-from moe_router.integrations.wrap import set_context
 
-EPOCHS, RATE, LONGEST = 2, 5e-5, 128
+EPOCHS, RATE = 2, 5e-5
 TIMED = 256  # sentences
 SEEDS = 3
 KEEPS = (0.7, 0.5, 0.3)
@@ -63,19 +61,11 @@ class Bench:
 
         return AutoModelForSequenceClassification.from_pretrained(self.folder).eval()
 
-    def tokens(self, texts: list[str]) -> Any:
-        how = {"padding": True, "truncation": True, "max_length": LONGEST}
-        return self.tokenizer(texts, return_tensors="pt", **how)
-
 
 def read(data: Path, *parts: str) -> Labelled:
-    """Sentences of SST-2, one a line behind its label."""
-    lines = [
-        line
-        for part in parts
-        for line in (data / f"stsa.binary.{part}").read_text("utf-8").splitlines()
-    ]
-    return [line[2:] for line in lines], torch.tensor([int(line[0]) for line in lines])
+    """Sentences of SST-2."""
+    texts, labels = zip(*(row for part in parts for row in sst2(data, part)), strict=True)
+    return list(texts), torch.tensor(labels)
 
 
 def prepare(folder: Path, data: Path, tuned: Path) -> Bench:
@@ -100,7 +90,7 @@ def tune(model: Any, bench: Bench) -> None:
     order = torch.cat([torch.randperm(len(texts)) for _ in range(EPOCHS)])
     model.train()
     for step, drawn in enumerate(order[: steps * BATCH].view(steps, -1).tolist()):
-        logits = model(**bench.tokens([texts[i] for i in drawn])).logits
+        logits = model(**tokens_of(model, bench.tokenizer, [texts[i] for i in drawn])).logits
         loss = F.cross_entropy(logits, label_N[drawn])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -118,7 +108,7 @@ def made(bench: Bench, setting: Setting, seed: int) -> Any:
     texts, label_N = bench.taught
 
     def loss_of(drawn: list[int]) -> Tensor:
-        logits = model(**bench.tokens([texts[i] for i in drawn])).logits
+        logits = model(**tokens_of(model, bench.tokenizer, [texts[i] for i in drawn])).logits
         return F.cross_entropy(logits, label_N[drawn], reduction="none")
 
     if setting.taught is not None:
@@ -131,30 +121,18 @@ def accuracy(model: Any, bench: Bench) -> float:
     texts, label_N = bench.tested
     right = 0
     for first in range(0, len(texts), TIMED):
-        logits = model(**bench.tokens(texts[first : first + TIMED])).logits
+        logits = model(**tokens_of(model, bench.tokenizer, texts[first : first + TIMED])).logits
         right += int((logits.argmax(-1) == label_N[first : first + TIMED]).sum())
     return right / len(texts)
 
 
-@torch.no_grad()
 def speed(bench: Bench, model: Any, rounds: int) -> Row:
-    """Sentences a second, in turn, and executed FLOPs over those of the dense layers."""
-    inputs = bench.tokens(bench.tested[0][:TIMED])
+    inputs = tokens_of(model, bench.tokenizer, bench.tested[0][:TIMED])
     models = {
         "routed": model, "packed": with_routers(bench.model(), Setting(1.0)),
         "transformers": bench.model(),
     }  # fmt: skip
-    set_context(model, Context(ledger=(ledger := Ledger())))
-    model(**inputs)
-    set_context(model, Context())
-
-    def run(of: Any) -> Run:
-        return lambda: of(**inputs)
-
-    timings = interleave({name: run(of) for name, of in models.items()}, rounds=rounds)
-    executed, dense = ledger.by_op()["blocks"]
-    rates = {name: round(TIMED / timing.median * 1e6, 1) for name, timing in timings.items()}
-    return {"executed": round(executed / dense, 3), "batch": TIMED, "a_second": rates}
+    return rates(models, lambda of: of(**inputs), TIMED, rounds)
 
 
 def row(bench: Bench, name: str, full: float, rounds: int) -> Row:
