@@ -52,7 +52,7 @@ def find_run(name: Path) -> RunPath:
             return RunPath(path.parent, path)
         if (path / "config.yaml").is_file() or any(path.glob(_STEPS)):
             return RunPath(path, None)
-        steps = sorted(path.parent.glob(_STEPS), key=lambda state: len(state.parent.name))
+        steps = sorted(path.parent.glob(_STEPS), key=lambda state: (len(state.parent.name), state))
         if steps and path.name.startswith("step_"):
             there = ", ".join(state.parent.name for state in steps)
             raise ConfigError(f"{path}: no such step; want one of {there}, or {path.parent}")

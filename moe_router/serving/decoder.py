@@ -21,10 +21,10 @@ from moe_router.models.sampling import Draws, sample
 from moe_router.models.steps import Steps, obstacle
 from moe_router.models.transfer import Download
 from moe_router.routing.context import PLAIN, Context
-from moe_router.serving.requests import Event, Finish, Request, Trace, Work
+from moe_router.serving.requests import Event, Finish, Request, Work
 from moe_router.serving.row import Row
 from moe_router.serving.scoring import score, score_prompt
-from moe_router.serving.tracing import Tracer
+from moe_router.serving.tracing import Tracer, joined
 
 _log = logging.getLogger(__name__)
 
@@ -154,12 +154,13 @@ class Decoder:
         events = []
         for i, row in enumerate(rows):
             if row.request.trace and shares[i]:
-                row.trace = _joined(row.trace, traces[i])
+                row.trace = joined(row.trace, traces[i])
             if row.request.logprobs is not None and shares[i]:
                 self._score(row, chosen.get(i), logits_TV[bounds[i] : bounds[i + 1]])
             if i in chosen:
                 events.append(self._advance(row, chosen[i]))
-                self._remember(i)
+                if shares[i] > 1:  # of a prompt; what is made of it is remembered at its end
+                    self._remember(i)
             else:
                 row.advance(shares[i])
         self._keep([i for i, row in enumerate(rows) if not row.done])
@@ -242,11 +243,3 @@ class Decoder:
                 self._remember(i)
             self._rows = [self._rows[i] for i in going]
             self._cache.keep(torch.tensor(going, dtype=torch.int64, device=self._device))
-
-
-def _joined(first: Trace | None, then: Trace | None) -> Trace | None:
-    """Of two passes that read parts of a prompt."""
-    if first is None or then is None:
-        return then
-    flops = first.executed + then.executed, first.dense + then.dense
-    return Trace(first.paths + then.paths, *flops)

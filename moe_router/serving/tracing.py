@@ -45,3 +45,11 @@ class Tracer:
             rows = target_TK.tolist()
             columns.append([tuple(i for i in row if i >= 0) or None for row in rows])
         return list(zip(*columns, strict=True))
+
+
+def joined(first: Trace | None, then: Trace | None) -> Trace | None:
+    """Of two passes that read parts of a prompt."""
+    if first is None or then is None:
+        return then
+    flops = first.executed + then.executed, first.dense + then.dense
+    return Trace(first.paths + then.paths, *flops)
